@@ -1,0 +1,1 @@
+"""A Hugging Face Hub on localhost, for tests and for the demo."""
