@@ -1,0 +1,1 @@
+"""How a merge is told: terminal, merge_report.json, Markdown, HTML, pictures."""
