@@ -1,0 +1,1 @@
+"""How each PEFT method changes a weight."""
