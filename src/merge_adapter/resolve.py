@@ -247,7 +247,7 @@ def _base_from_configs(adapters: tuple[Adapter, ...], request: SourceRequest, hu
         raise PolicyError(
             f"{ADAPTER_CONFIG} of {adapter.repository.origin} names {text!r} as its base model, "
             "which is not a Hub id",
-            hint="A path in a published config is never opened. Say which model it is: --base-model OWNER/NAME",
+            hint="A path in a published config is never opened. Name the model: --base-model OWNER/NAME",
         )
     return hub.open(text, revision=revision)
 

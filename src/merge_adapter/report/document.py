@@ -150,7 +150,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(
             f"{folder} has no {REPORT_FILE}",
-            hint="Only folders that merge-adapter merged can be published: merge-adapter merge … --output DIR",
+            hint="Only a folder that merge-adapter wrote can be published: merge-adapter merge … --output DIR",
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

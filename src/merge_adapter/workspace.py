@@ -1,0 +1,130 @@
+"""Where output is built: a place beside the destination that becomes it only when it is whole.
+
+Two runs that write to one destination cannot mix: the place is locked while it is in use, and what a killed
+run left behind is cleared by the next. A destination that exists is never overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from merge_adapter.errors import StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write below `place` into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(_existing(place)).free
+            raise StorageError(
+                f"the disk that holds {place} is full ({free / 1e9:.1f} GB free): {error.strerror}",
+                hint="Free some space or write elsewhere; merge-adapter plan tells how much a merge needs.",
+            ) from error
+        if error.errno in _UNWRITABLE:
+            raise StorageError(f"{place} cannot be written: {error.strerror}") from error
+        raise
+
+
+def check_destination(destination: Path) -> None:
+    """Raise StorageError unless `destination` is free: absent, or an empty folder."""
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise StorageError(f"{destination} is a file, expected a folder or nothing")
+    if any(destination.iterdir()):
+        raise StorageError(
+            f"{destination} exists and is not empty",
+            hint="Nothing is overwritten: remove it, or name another --output.",
+        )
+
+
+def check_space(place: Path, needed: int) -> None:
+    """Raise StorageError when the disk of `place` has less than `needed` bytes free."""
+    free = shutil.disk_usage(_existing(place)).free
+    if free < needed:
+        raise StorageError(
+            f"{place} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
+            hint="Free some space or name another --output.",
+        )
+
+
+@contextmanager
+def partial_folder(destination: Path) -> Iterator[Path]:
+    """An empty, locked folder beside `destination`, on the same disk; gone again when the context ends.
+
+    The caller renames it when it is whole (`deliver`). Raises StorageError when another run holds it.
+    """
+    with storage_errors(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial = destination.parent / f".{destination.name}.partial"
+        descriptor = _locked(partial, destination)
+    try:
+        with storage_errors(destination):
+            for leftover in partial.iterdir():
+                shutil.rmtree(
+                    leftover
+                ) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+            yield partial
+    finally:
+        if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def deliver(partial: Path, destination: Path) -> None:
+    """Rename a whole folder into place, on disk for good. An empty folder there gives way."""
+    with storage_errors(destination):
+        _sync_tree(partial)
+        partial.rename(destination)
+        _sync(destination.parent)
+
+
+def _locked(partial: Path, destination: Path) -> int:
+    """A descriptor that holds the lock on the folder now at `partial`."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StorageError(
+                f"another merge is writing to {destination}", hint="Wait for it, or name another --output."
+            ) from None
+        # The folder may have been delivered or removed between open and lock: then the lock is on something else.
+        if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
