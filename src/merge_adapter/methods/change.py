@@ -106,7 +106,7 @@ class RowKernel(Protocol):
     """True when every block must be shown to `survey`, in order, before the first `apply`."""
 
     def survey(self, block: Tensor, start: int) -> None:
-        """A first look at the rows, for kernels that need sums over all rows (DoRA on a transposed weight)."""
+        """A first look at the rows, for kernels that need sums over all of them (DoRA, transposed)."""
         ...
 
     def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:
@@ -119,7 +119,7 @@ class RowKernel(Protocol):
 
 @dataclass(frozen=True)
 class RowChange:
-    """A tensor of the base changed row by row. Several on one tensor apply in plan order, one on the other."""
+    """A tensor of the base changed row by row; several on one tensor apply in plan order."""
 
     tensor: TensorSpec
     """The tensor as it is on disk; the output has its name and shape."""
@@ -327,7 +327,7 @@ class Context:
     config: Mapping[str, Any]
     """Its adapter_config.json, checked: unknown keys gone, defaults not filled in."""
     tensors: Mapping[str, TensorSpec]
-    """Its tensors under repaired names (`base_model.model.` + module + what PEFT saves, without adapter name).
+    """Its tensors under repaired names: `base_model.model.` + module + what PEFT saves, no adapter name.
 
     The `Weights` handed to the arithmetic of its changes answer to the same names.
     """
