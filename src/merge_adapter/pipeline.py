@@ -1,0 +1,291 @@
+"""The pipeline: resolve, plan, merge, package, verify, publish, in this order and nothing skipped unsaid.
+
+One function per thing a person can ask for. Each returns what happened; none prints or exits.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_adapter.errors import StorageError
+from merge_adapter.plan import MergePlan, make_plan
+from merge_adapter.report import document
+from merge_adapter.resolve import SourceRequest, open_reference, resolve
+from merge_adapter.types import (
+    MergeResult,
+    MergeSettings,
+    OutputFile,
+    Progress,
+    Publication,
+    PublishTo,
+    Resolved,
+    Verdict,
+    Verification,
+)
+from merge_adapter.verify.settings import VerifySettings
+from merge_adapter.workspace import check_destination, check_space, deliver, partial_folder, storage_errors
+
+if TYPE_CHECKING:
+    from merge_adapter.hub import Hub
+    from merge_adapter.publish import PublishSettings
+
+REPORT_PAGE = "merge_report.html"
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What to merge, and how."""
+
+    source: SourceRequest
+    settings: MergeSettings = field(default_factory=MergeSettings)
+    gate: VerifySettings | None = field(default_factory=VerifySettings)
+    """None: the gate is not run, and the report says so."""
+    device: str = "auto"
+    threads: int | None = None
+    """None: one per core."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged folder with its report."""
+
+    folder: Path
+    """Where it is: the place asked for, or `<place>.rejected` when the verdict is not pass."""
+    report: Mapping[str, Any]
+    """merge_report.json as written there."""
+    verification: Verification
+    sources: Resolved
+    plan: MergePlan
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the gate passed it, or was told not to look."""
+        return self.verification.verdict is Verdict.PASS or self.verification == document.not_verified()
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run did. `merged` is None when the Hub already had the result."""
+
+    report: Mapping[str, Any]
+    """merge_report.json with the section `publication` where something was published."""
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    publication: Publication | None
+    merged: Merged | None
+
+
+def plan_merge(request: MergeRequest, *, hub: Hub) -> tuple[Resolved, MergePlan]:
+    """What `merge` would do, from configs and headers alone."""
+    sources = resolve(request.source, hub=hub)
+    return sources, make_plan(sources, request.settings)
+
+
+def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: Progress) -> Merged:
+    """Merge into `output`, which appears only when it is whole; `output`.rejected when the gate says no.
+
+    Raises whatever a stage raises; then neither folder exists.
+    """
+    check_destination(output)
+    _check_rejected(output)
+    sources, plan = plan_merge(request, hub=hub)
+    return _build(sources, plan, request, output, progress)
+
+
+def verify_merged(
+    merged: str,
+    source: SourceRequest,
+    gate: VerifySettings,
+    *,
+    hub: Hub,
+    progress: Progress,
+    subfolder: str = "",
+) -> tuple[Resolved, Verification]:
+    """Judge a merged checkpoint, whoever made it. Writes nothing to it."""
+    from merge_adapter.verify import verify
+
+    candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
+    sources = resolve(source, hub=hub)
+    folder = candidate.folder(candidate.files)
+    return sources, verify(folder, sources, settings=gate, progress=progress)
+
+
+def run(
+    request: MergeRequest,
+    publishing: PublishSettings,
+    *,
+    hub: Hub,
+    progress: Progress,
+    output: Path | None = None,
+) -> RunOutcome:
+    """Resolve, merge, verify and publish; with `output`, keep the merged folder there.
+
+    Sources and settings already published are not merged again: the outcome says "unchanged".
+    """
+    from merge_adapter.publish import find_published, prepare, publish
+
+    if output is not None:
+        check_destination(output)
+        _check_rejected(output)
+    sources = resolve(request.source, hub=hub)
+    if publishing.publish_to is not PublishTo.NONE:
+        publishing = prepare(sources, request.settings, publishing, hub=hub)
+        published = find_published(sources, request.settings, publishing, hub=hub)
+        if published is not None and output is None:
+            return _unchanged(published.report, published.publication)
+    plan = make_plan(sources, request.settings)
+    with ExitStack() as stack:
+        if output is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-"))
+            place = Path(scratch) / "merged"
+        else:
+            place = output
+        merged = _build(sources, plan, request, place, progress)
+        publication = None
+        report = merged.report
+        if publishing.publish_to is not PublishTo.NONE:
+            publication = publish(
+                merged.folder, report, merged.verification, hub=hub, settings=publishing, progress=progress
+            )
+        if publication is not None:
+            report = {**report, "publication": document.publication_entry(publication)}
+        return RunOutcome(
+            report=report,
+            verdict=merged.verification.verdict,
+            reasons=merged.verification.reasons,
+            publication=publication,
+            merged=merged,
+        )
+
+
+def _unchanged(report: Mapping[str, Any], publication: Publication) -> RunOutcome:
+    verdict = Verdict(report["verification"]["verdict"])
+    return RunOutcome(
+        report={**report, "publication": document.publication_entry(publication)},
+        verdict=verdict,
+        reasons=tuple(report["verification"]["reasons"]),
+        publication=publication,
+        merged=None,
+    )
+
+
+def _build(
+    sources: Resolved, plan: MergePlan, request: MergeRequest, output: Path, progress: Progress
+) -> Merged:
+    from merge_adapter.merge import merge
+    from merge_adapter.package import package
+
+    check_space(output.parent, plan.disk_bytes)
+    with partial_folder(output) as partial, storage_errors(output):
+        result = merge(
+            plan,
+            sources,
+            partial,
+            settings=request.settings,
+            device=request.device,
+            threads=request.threads,
+            progress=progress,
+        )
+        packaged = package(sources, plan, partial, settings=request.settings)
+        verification = _judge(partial, sources, request, progress)
+        notes = (*sources.notes, *plan.notes, *result.notes, *packaged.notes)
+        report = _write_reports(
+            partial, sources, plan, request.settings, result, packaged.files, verification, notes
+        )
+        merged = Merged(output, report, verification, sources, plan)
+        if not merged.accepted:
+            merged = replace(merged, folder=rejected(output))
+            shutil.rmtree(merged.folder, ignore_errors=True)
+        deliver(partial, merged.folder)
+        return merged
+
+
+def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Progress) -> Verification:
+    if request.gate is None:
+        return document.not_verified()
+    from merge_adapter.verify import verify
+
+    return verify(folder, sources, settings=request.gate, progress=progress)
+
+
+def _write_reports(
+    folder: Path,
+    sources: Resolved,
+    plan: MergePlan,
+    settings: MergeSettings,
+    result: MergeResult,
+    packaged: tuple[OutputFile, ...],
+    verification: Verification,
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    """Card, page and merge_report.json, the last of which names every other file."""
+    from merge_adapter.card import write_card
+    from merge_adapter.report.page import write_page
+
+    draft = _document(sources, plan, settings, result, (*result.files, *packaged), verification, notes)
+    card = write_card(folder, sources=sources, plan=plan, report=draft)
+    page = write_page(folder / REPORT_PAGE, draft)
+    report = _document(
+        sources, plan, settings, result, (*result.files, *packaged, card, page), verification, notes
+    )
+    document.write(report, folder)
+    return report
+
+
+def _document(
+    sources: Resolved,
+    plan: MergePlan,
+    settings: MergeSettings,
+    result: MergeResult,
+    files: tuple[OutputFile, ...],
+    verification: Verification,
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    return document.build(
+        sources=sources,
+        settings=settings,
+        adapter_tensors=plan.adapter_tensors,
+        consumed=plan.consumed,
+        files=files,
+        merge={
+            "seconds": round(result.seconds, 3),
+            "bytes_read": result.bytes_read,
+            "bytes_written": result.bytes_written,
+            "bytes_changed": result.bytes_changed,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "tensors_changed": result.tensors_changed,
+            "tensors_copied": result.tensors_copied,
+            "strategy": plan.strategy.value,
+        },
+        verification=verification,
+        notes=notes,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rejected(output: Path) -> Path:
+    """Where a folder goes that the gate did not pass."""
+    return output.with_name(output.name + ".rejected")
+
+
+def _check_rejected(output: Path) -> None:
+    """A rejected folder of an earlier run gives way to the next; anything else of that name is not ours."""
+    place = rejected(output)
+    if place.exists() and not (place / document.REPORT_FILE).is_file():
+        raise StorageError(
+            f"{place} is in the way, where a rejected merge would go",
+            hint="Move it, or name another --output.",
+        )
