@@ -166,6 +166,22 @@ def run(
         )
 
 
+def publish_folder(folder: Path, publishing: PublishSettings, *, hub: Hub, progress: Progress) -> RunOutcome:
+    """Publish a folder merged earlier, by its report; refused when its files no longer match that report."""
+    from merge_adapter.publish import prepare_folder, publish
+
+    report = document.read(folder)
+    verdict = Verdict(report["verification"]["verdict"])
+    reasons = tuple(report["verification"]["reasons"])
+    publishing = prepare_folder(report, publishing, hub=hub)
+    publication = publish(
+        folder, report, Verification(verdict, reasons), hub=hub, settings=publishing, progress=progress
+    )
+    if publication is not None:
+        report = {**report, "publication": document.publication_entry(publication)}
+    return RunOutcome(report=report, verdict=verdict, reasons=reasons, publication=publication, merged=None)
+
+
 def _unchanged(report: Mapping[str, Any], publication: Publication) -> RunOutcome:
     verdict = Verdict(report["verification"]["verdict"])
     return RunOutcome(

@@ -105,6 +105,18 @@ def build(
     return document
 
 
+def verdict_only(sources: Resolved, verification: Verification) -> dict[str, Any]:
+    """What `verify --json` prints: the sections of the report that exist when nothing was merged."""
+    return {
+        "schema": SCHEMA,
+        "tool": tool_entry(),
+        "adapter": {**source_entry(sources.adapter.repository.origin), "method": sources.adapter.method},
+        "base": source_entry(sources.base.repository.origin),
+        "verification": verification_entry(verification),
+        "notes": list(sources.notes),
+    }
+
+
 def verification_entry(verification: Verification) -> dict[str, Any]:
     """The section `verification`: verdict, reasons, and the evidence by part."""
     return {
