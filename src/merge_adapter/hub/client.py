@@ -1,0 +1,81 @@
+"""`Hub`: one endpoint and one identity. Everything that talks to the Hub goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+
+from huggingface_hub import HfApi
+from huggingface_hub import constants as client_constants
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
+
+from merge_adapter import __version__
+from merge_adapter.hub.errors import Call, translated
+from merge_adapter.hub.repository import HubRepository
+from merge_adapter.hub.session import Patience, prepare_client, repeat
+
+
+class Hub:
+    """One Hub as one user.
+
+    `endpoint` and `token` default to what huggingface_hub would use: `HF_ENDPOINT`; a Trusted Publisher exchange,
+    `HF_TOKEN` or the stored login. Errors leave as NotFoundError, PolicyError (a gate), StorageError (the cache) or
+    HubError, with a hint and without a token.
+    """
+
+    def __init__(
+        self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
+    ) -> None:
+        prepare_client()
+        self.endpoint = (endpoint or client_constants.ENDPOINT).rstrip("/")
+        self.patience = patience or Patience()
+        self._token = token
+        self.api = HfApi(
+            endpoint=self.endpoint, token=token, library_name="merge-adapter", library_version=__version__
+        )
+
+    def __repr__(self) -> str:
+        return f"Hub({self.endpoint!r})"  # never the token
+
+    def open(self, repo_id: str, *, revision: str | None = None, subfolder: str = "") -> HubRepository:
+        """A model repository, pinned to the commit that `revision` (main when None) names now."""
+        with self.calling(f"open {repo_id}", repo_id=repo_id, revision=revision or "main"):
+            info = repeat(lambda: self.api.model_info(repo_id, revision=revision), self.patience)
+        return HubRepository(self, info, subfolder=subfolder)
+
+    def exists(self, repo_id: str) -> bool:
+        """Whether `repo_id` is there and this identity may see it."""
+        with self.calling(f"look for {repo_id}", repo_id=repo_id):
+            return repeat(lambda: self.api.repo_exists(repo_id), self.patience)
+
+    def tree(self, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
+        """Every file of a commit or ref, by path."""
+        with self.calling(f"list the files of {repo_id}", repo_id=repo_id, revision=revision):
+            entries = repeat(
+                lambda: list(self.api.list_repo_tree(repo_id, recursive=True, revision=revision)),
+                self.patience,
+            )
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    @cached_property
+    def user(self) -> str:
+        """Name of the account behind the token. Raises HubError where there is none."""
+        with self.calling("ask the Hub who this is"):
+            return str(repeat(lambda: self.api.whoami(cache=True), self.patience)["name"])
+
+    def headers(self) -> dict[str, str]:
+        """Headers of a request of our own: identity and user agent."""
+        headers: dict[str, str] = build_hf_headers(
+            token=self._token, library_name="merge-adapter", library_version=__version__
+        )
+        return headers
+
+    @contextmanager
+    def calling(
+        self, doing: str, *, repo_id: str | None = None, revision: str | None = None, path: str | None = None
+    ) -> Iterator[None]:
+        """Around each use of the client: `doing` is a verb phrase, the rest names what it is done to."""
+        with translated(Call(doing, self.endpoint, self._token, repo_id, revision, path)):
+            yield

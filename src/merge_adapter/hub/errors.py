@@ -1,0 +1,265 @@
+"""The one place where the client's errors become ours: what failed, for whom, and the exact fix."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx2
+from huggingface_hub.errors import (
+    DeviceCodeError,
+    DisabledRepoError,
+    EntryNotFoundError,
+    FileDuplicationError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    OIDCError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
+
+from merge_adapter.errors import (
+    HubError,
+    InputError,
+    MergeAdapterError,
+    NotFoundError,
+    PolicyError,
+    StorageError,
+)
+from merge_adapter.hub.access import has_token, oidc_resource, redact, token_situation
+
+CLIENT_ERRORS = (
+    OSError,
+    httpx2.HTTPError,
+    httpx2.InvalidURL,
+    OIDCError,
+    DeviceCodeError,
+    EntryNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+    FileDuplicationError,
+    HFValidationError,
+    RuntimeError,  # hf_xet reports every failure of its own as one
+    ValueError,  # so does the client for a refused LFS batch and for an answer it cannot read
+)
+"""What the client is known to raise; anything else is a bug of ours and stays as it is."""
+
+_SERVER_TEXT_LIMIT = 500
+"""Characters of a server's own message that are shown."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was being done when an error came: the facts that its message carries."""
+
+    doing: str
+    """A verb phrase: "read config.json of owner/name"."""
+    endpoint: str
+    token: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+
+    @property
+    def page(self) -> str:
+        """The repository's page, where a person can act."""
+        return f"{self.endpoint}/{self.repo_id}" if self.repo_id else self.endpoint
+
+
+@contextmanager
+def translated(call: Call) -> Iterator[None]:
+    """Run one call of the client; whatever it raises leaves as one of our errors, chained, without secrets."""
+    try:
+        yield
+    except MergeAdapterError:
+        raise
+    except CLIENT_ERRORS as error:
+        _scrub(error, call.token)
+        raise translate(error, call) from error
+
+
+def translate(error: BaseException, call: Call) -> MergeAdapterError:
+    """Our error for `error` of the client, as far as it can be told what it means."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # the client hides why it could not look
+    if isinstance(error, GatedRepoError):
+        return _gated(call)
+    if isinstance(error, (RevisionNotFoundError, RepositoryNotFoundError, EntryNotFoundError)):
+        return _missing(error, call)
+    if isinstance(error, (OIDCError, LocalTokenNotFoundError, DeviceCodeError)):
+        return _no_identity(error, call)
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, call)
+    if isinstance(error, HFValidationError):
+        return InputError(f"cannot {call.doing}: {_text(error, call)}", hint="A Hub id reads owner/name.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return StorageError(
+            f"cannot {call.doing}: {error.strerror} ({error.filename or 'the cache of huggingface_hub'})",
+            hint="Free space, or point HF_HOME to a larger disk.",
+        )
+    if isinstance(error, PermissionError):
+        return StorageError(
+            f"cannot {call.doing}: {error.strerror} ({error.filename})",
+            hint="Point HF_HOME to a folder that this user may write.",
+        )
+    return _unreachable(error, call)
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status behind an error or its causes; None when no answer came."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HfHubHTTPError):
+            return int(seen.response.status_code)
+        seen = seen.__cause__
+    return None
+
+
+def _gated(call: Call) -> MergeAdapterError:
+    if has_token(call.token):
+        asked = f"Ask for access at {call.page} with the account behind {token_situation(call.token)}."
+        asked += " A fine-grained token also needs 'Read access to contents of all public gated repos'."
+    else:
+        asked = f"Ask for access at {call.page}, then set HF_TOKEN to a token of that account."
+    return PolicyError(
+        f"{call.repo_id} is gated and {token_situation(call.token)} has no access: cannot {call.doing}",
+        hint=asked,
+    )
+
+
+def _missing(error: BaseException, call: Call) -> MergeAdapterError:
+    if isinstance(error, RevisionNotFoundError):
+        return NotFoundError(
+            f"{call.repo_id} has no revision {call.revision!r}",
+            hint=f"Its branches and tags are listed at {call.page}/tree/main.",
+        )
+    if isinstance(error, EntryNotFoundError):
+        return NotFoundError(
+            f"{call.repo_id} has no file {call.path!r} at {call.revision}"
+            if call.path
+            else _text(error, call),
+            hint=f"Look at {call.page}/tree/{call.revision or 'main'}.",
+        )
+    status = status_of(error)
+    if status == 401 and has_token(call.token):
+        return HubError(
+            f"cannot {call.doing}: the Hub does not accept {token_situation(call.token)}",
+            hint=f"It may have expired or been revoked. Make a new one at {call.endpoint}/settings/tokens.",
+        )
+    if has_token(call.token):
+        hint = f"Check the name. If it is private, give {token_situation(call.token)} read access to it."
+    else:
+        hint = "Check the name. If it is private, set HF_TOKEN or run: hf auth login"
+    return NotFoundError(
+        f"{call.repo_id} does not exist on {call.endpoint}, or it is private and "
+        f"{token_situation(call.token)} may not see it",
+        hint=hint,
+    )
+
+
+def _no_identity(error: BaseException, call: Call) -> MergeAdapterError:
+    if isinstance(error, OIDCError):
+        return HubError(
+            f"cannot {call.doing}: no token could be had from the Trusted Publisher: {_text(error, call)}",
+            hint="Give the workflow job `permissions: id-token: write`, or unset HF_OIDC_RESOURCE and set HF_TOKEN.",
+        )
+    return HubError(
+        f"cannot {call.doing}: {token_situation(call.token)}",
+        hint=f"Set HF_TOKEN to a token from {call.endpoint}/settings/tokens, or run: hf auth login",
+    )
+
+
+def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
+    status = int(error.response.status_code)
+    said = _server_text(error, call)
+    situation = token_situation(call.token)
+    url = error.response.request.url
+    if url.path.endswith("/oauth/token"):
+        return HubError(
+            f"cannot {call.doing}: the Hub refused the Trusted Publisher exchange (HTTP {status}){said}",
+            hint=(
+                f"In the settings of the repository in HF_OIDC_RESOURCE ({oidc_resource()}), add this workflow's "
+                "repository, file and environment as a Trusted Publisher; the exchange cannot create repositories."
+            ),
+        )
+    if isinstance(error, DisabledRepoError):
+        return HubError(f"cannot {call.doing}: {call.repo_id} has been disabled{said}")
+    if status == 401:
+        hint = f"Make a new token at {call.endpoint}/settings/tokens and set HF_TOKEN."
+        if not has_token(call.token):
+            hint = f"Set HF_TOKEN to a token from {call.endpoint}/settings/tokens, or run: hf auth login"
+        return HubError(f"cannot {call.doing}: the Hub does not accept {situation}{said}", hint=hint)
+    if status == 403:
+        return HubError(
+            f"cannot {call.doing}: {situation} is not allowed to (HTTP 403){said}",
+            hint=_permission_hint(call),
+        )
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        when = f"after {wait} seconds" if wait and wait.isdigit() else "in some minutes"
+        return HubError(
+            f"cannot {call.doing}: the Hub limits the rate of requests (HTTP 429){said}",
+            hint=f"Run the same command again {when}: what was uploaded is not uploaded twice.",
+        )
+    if status >= 500:
+        return HubError(
+            f"cannot {call.doing}: the Hub failed (HTTP {status}){said}",
+            hint="Run the same command again: it continues where it stopped.",
+        )
+    return HubError(f"cannot {call.doing}: the Hub refused (HTTP {status}){said}")
+
+
+def _permission_hint(call: Call) -> str:
+    owner = (call.repo_id or "").split("/")[0] or "the owner"
+    return (
+        f"A fine-grained token needs 'Write access to contents/settings' for {owner} (new repositories, commits) "
+        f"and 'Interact with discussions / Open pull requests' for {call.repo_id}; a classic one needs the role "
+        f"'write', and its account must be a member of {owner} with write rights. "
+        f"Edit it at {call.endpoint}/settings/tokens."
+    )
+
+
+def _unreachable(error: BaseException, call: Call) -> MergeAdapterError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"cannot {call.doing}: HF_HUB_OFFLINE is set", hint="Unset HF_HUB_OFFLINE.")
+    if isinstance(error, FileMetadataError):
+        return HubError(
+            f"cannot {call.doing}: {call.endpoint} does not answer as a Hub: {_text(error, call)}",
+            hint="Check HF_ENDPOINT, and proxies that remove headers.",
+        )
+    kind = (
+        "did not answer in time" if isinstance(error, (httpx2.TimeoutException, TimeoutError)) else "failed"
+    )
+    return HubError(
+        f"cannot {call.doing}: the connection to {call.endpoint} {kind}: {_text(error, call)}",
+        hint="Check the network and HF_ENDPOINT, then run the same command again: it continues where it stopped.",
+    )
+
+
+def _server_text(error: HfHubHTTPError, call: Call) -> str:
+    said = " ".join((error.server_message or "").split())
+    return f": {redact(said[:_SERVER_TEXT_LIMIT], token=call.token)}" if said else ""
+
+
+def _text(error: BaseException, call: Call) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return redact(text[:_SERVER_TEXT_LIMIT], token=call.token)
+
+
+def _scrub(error: BaseException, token: str | None) -> None:
+    """Remove secrets from the causes too: a traceback prints them."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cleaned = tuple(redact(arg, token=token) if isinstance(arg, str) else arg for arg in seen.args)
+        if cleaned != seen.args:
+            seen.args = cleaned
+        seen = seen.__cause__ or seen.__context__
