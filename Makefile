@@ -23,12 +23,12 @@ test: $(STAMP) lint  ## lint, types, every test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## timings and memory, into docs/performance.md
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .cache
