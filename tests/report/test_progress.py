@@ -1,0 +1,52 @@
+"""Figures and lines as people read them."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from merge_adapter.report.progress import LogProgress, human_bytes, human_seconds, progress_for
+from merge_adapter.types import Silent
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_200_000_000, "2.2 GB"), (3.5e15, "3500.0 TB")],
+)
+def test_bytes(amount: float, text: str) -> None:
+    assert human_bytes(amount) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.42, "0.4 s"), (12, "12 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_a_log_says_when_a_stage_is_done() -> None:
+    stream = io.StringIO()
+    with LogProgress(stream).task("merge", 10) as task:
+        task.advance(4)
+        task.advance(6)
+    assert stream.getvalue().startswith("merge: done in ")
+
+
+def test_a_stage_that_failed_is_not_called_done() -> None:
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError), LogProgress(stream).task("merge", 10):
+        raise RuntimeError
+    assert stream.getvalue() == ""
+
+
+def test_quiet_shows_nothing() -> None:
+    assert isinstance(progress_for(Console(file=io.StringIO()), quiet=True), Silent)
+
+
+def test_a_terminal_gets_a_live_line() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120)
+    with progress_for(console, quiet=False).task("merge", 2_000_000) as task:
+        task.advance(2_000_000)
+    assert "merge" in stream.getvalue()
+    assert "2.0/2.0 MB" in stream.getvalue()
