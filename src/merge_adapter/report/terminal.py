@@ -31,7 +31,7 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
 
 def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
     """Base, method, what changes, bytes, memory and disk, strategy."""
-    tensors = sum(len(change.writes) for change in plan.changes)
+    tensors = sum(len(change.tensors) for change in plan.changes)
     merged = [shard for shard in plan.outputs if shard.bytes]
     rows = [
         ("adapter", str(sources.adapter.repository.origin)),
@@ -103,7 +103,7 @@ def plan_document(sources: Resolved, plan: MergePlan) -> dict[str, Any]:
         "strategy_reason": plan.strategy_reason,
         "changes": [
             {
-                "writes": [spec.name for spec in change.writes],
+                "writes": list(change.tensors),
                 "kind": change.kind.value,
                 "consumes": list(change.consumes),
             }
