@@ -102,12 +102,12 @@ class RowKernel(Protocol):
     (`[n, 1]` for a vector). `apply` may be called from several threads at once; `survey` may not.
     """
 
-    surveys: bool
+    surveys: bool = False
     """True when every block must be shown to `survey`, in order, before the first `apply`."""
 
-    def survey(self, block: Tensor, start: int) -> None:
+    def survey(self, block: Tensor, start: int) -> None:  # noqa: ARG002 - for kernels that override it
         """A first look at the rows, for kernels that need sums over all of them (DoRA, transposed)."""
-        ...
+        raise AssertionError(f"{type(self).__name__} asked for no survey")
 
     def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:
         """Write `merged` = f(block) and `update` = f(block) - block. All four are `[rows, columns]` float32.
@@ -122,7 +122,7 @@ class RowChange:
     """A tensor of the base changed row by row; several on one tensor apply in plan order."""
 
     tensor: TensorSpec
-    """The tensor as it is on disk; the output has its name and shape."""
+    """The tensor as it is written: name, shape, and the dtype of the base."""
     module: str
     """Where the adapter says so, for messages: a module path or parameter name."""
     consumes: tuple[str, ...]
@@ -130,10 +130,13 @@ class RowChange:
     kind: Kind
     arithmetic: RowArithmetic
     """Makes the kernel when the merge runs."""
+    source: str = ""
+    """The tensor of the base that is read; "" for the one that is written. Another one where a tied tensor
+    comes out untied: the new tensor starts from the one it was tied to."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.tensor.name,)
+        return (self.source or self.tensor.name,)
 
     @property
     def writes(self) -> tuple[TensorSpec, ...]:

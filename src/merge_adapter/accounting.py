@@ -1,0 +1,57 @@
+"""Every tensor of an adapter is used exactly once, or the merge does not happen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from merge_adapter.errors import AccountingError
+from merge_adapter.methods.change import Change, ModuleChange, Replacement, TensorSpec
+
+
+def account(tensors: Mapping[str, TensorSpec], changes: Iterable[Change]) -> int:
+    """The number of adapter tensors consumed, which is all of them.
+
+    Raises AccountingError when one is left over, used twice, or unknown, or when two changes cannot both
+    write a tensor.
+    """
+    changes = tuple(changes)
+    used = Counter(name for change in changes for name in change.consumes)
+    left = tuple(name for name in tensors if name not in used)
+    if left:
+        raise AccountingError(
+            f"{len(left)} of {len(tensors)} adapter tensors are not used by any change: {', '.join(left)}.",
+            tensors=left,
+            hint="They belong to no module that the method or the base knows; check base and PEFT version.",
+        )
+    twice = tuple(name for name, count in used.items() if count > 1)
+    if twice:
+        raise AccountingError(
+            f"{len(twice)} adapter tensors would be used more than once: {', '.join(twice)}.",
+            tensors=twice,
+            hint="Two modules of the model share them; this adapter cannot be merged as it is.",
+        )
+    unknown = tuple(name for name in used if name not in tensors)
+    if unknown:
+        raise AssertionError(f"a planner consumes tensors the adapter does not have: {unknown}")
+    _check_writers(changes)
+    return len(used)
+
+
+def _check_writers(changes: tuple[Change, ...]) -> None:
+    """One replacement or one module change per tensor; row changes may follow one another."""
+    owner: dict[str, Change] = {}
+    for change in changes:
+        for spec in change.writes:
+            before = owner.get(spec.name)
+            if before is not None and (
+                isinstance(change, ModuleChange | Replacement) or isinstance(before, ModuleChange)
+            ):
+                names = (*before.consumes, *change.consumes)
+                raise AccountingError(
+                    f"{spec.name} is written by two changes that exclude each other: {before.module} and "
+                    f"{change.module}.",
+                    tensors=names,
+                    hint="The adapter's file holds two versions of one module; save it again.",
+                )
+            owner[spec.name] = change

@@ -1,0 +1,134 @@
+"""An adapter's weights file: opened, its names brought into the one form that planners read.
+
+That form is what PEFT's `save_pretrained` writes: `base_model.model.` + path of the module + what the method
+adds, without the adapter's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from merge_adapter.checkpoint.layout import Layout, find_layout
+from merge_adapter.errors import AccountingError, MalformedError
+from merge_adapter.methods.change import TensorSpec
+from merge_adapter.types import Adapter
+
+if TYPE_CHECKING:
+    from merge_adapter.checkpoint.reader import StoredWeights
+
+PREFIX = "base_model.model."
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+"""Path segments that FSDP, torch.compile and activation checkpointing leave in names."""
+_LORA_NAMED = re.compile(
+    r"(?P<part>\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector))"
+    r"\.(?P<name>[^.]+)(?P<again>\.(?P=name))?(?P<leaf>\.weight|\.bias)?$"
+)
+_SAVED_NAMED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What the headers of an adapter's weights say."""
+
+    adapter: Adapter
+    layout: Layout
+    stored: Mapping[str, str]
+    """Repaired name -> name in the file."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor under its repaired name."""
+        found = self.layout.specs
+        return {
+            name: TensorSpec(name, found[stored].dtype, found[stored].shape)
+            for name, stored in self.stored.items()
+        }
+
+    def open(self) -> StoredWeights:
+        """The weights, under their repaired names."""
+        from merge_adapter.checkpoint.reader import StoredWeights  # imports torch
+
+        return StoredWeights(self.adapter.repository, self.layout, rename=self.stored)
+
+
+def read_adapter(adapter: Adapter) -> AdapterFile:
+    """Read the headers of an adapter's weights and repair their names.
+
+    Raises NotFoundError without weights, MalformedError for an empty file, AccountingError when two tensors
+    have the same name once repaired.
+    """
+    layout = find_layout(adapter.repository, stem="adapter_model", pickled_stem="adapter_model")
+    if not layout.specs:
+        raise MalformedError(
+            f"{adapter.repository.origin}: {layout.files[0].path} holds no tensors.",
+            hint="Save the adapter again; under DeepSpeed or FSDP gather the weights before saving.",
+        )
+    stored, notes = repair_names(layout.specs)
+    return AdapterFile(adapter, layout, stored, notes)
+
+
+def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Repaired name -> given name, and one note for each kind of repair.
+
+    Only what cannot mean anything else is repaired here: a missing or doubled `base_model.model.`, an
+    adapter's name that was left in, segments that wrappers of the training loop add.
+    """
+    repaired: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        fixed = name
+        for what, repair in _REPAIRS:
+            after = repair(fixed)
+            if after != fixed:
+                counts[what] = counts.get(what, 0) + 1
+                fixed = after
+        if fixed in repaired:
+            pair = tuple(sorted((repaired[fixed], name)))
+            raise AccountingError(
+                f"Two tensors of the adapter are the same one, {fixed}, once their names are repaired: "
+                f"{pair[0]} and {pair[1]}.",
+                tensors=pair,
+                hint="The file holds more than one adapter; save the one to merge by itself.",
+            )
+        repaired[fixed] = name
+    notes = tuple(f"{count} adapter tensor names were repaired: {what}." for what, count in counts.items())
+    return repaired, notes
+
+
+def _without_wrappers(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _one_prefix(name: str) -> str:
+    while name.startswith(PREFIX + PREFIX):
+        name = name.removeprefix(PREFIX)
+    return name
+
+
+def _with_prefix(name: str) -> str:
+    return name if name.startswith("base_model.") else PREFIX + name
+
+
+def _without_lora_name(name: str) -> str:
+    match = _LORA_NAMED.search(name)
+    if match is None or (match["leaf"] is None and match["name"] in ("weight", "bias")):
+        return name
+    return name[: match.start()] + match["part"] + (match["leaf"] or "")
+
+
+def _without_saved_name(name: str) -> str:
+    return _SAVED_NAMED.sub(".", name)
+
+
+_REPAIRS = (
+    ("segments of FSDP or torch.compile wrappers removed", _without_wrappers),
+    ("missing prefix base_model.model. added", _with_prefix),
+    ("doubled prefix base_model.model. removed", _one_prefix),
+    ("the adapter's own name removed", _without_lora_name),
+    ("the wrapper of modules_to_save removed", _without_saved_name),
+)

@@ -1,0 +1,134 @@
+"""Running row changes over one tensor, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+
+from merge_adapter.methods.blocks import block_rows
+from merge_adapter.methods.change import RowChange, RowKernel, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A tensor as the 2-D block that kernels see; vectors become columns, scalars one element."""
+    return tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+
+
+@dataclass
+class Retained:
+    """How much of an update survived rounding, summed over blocks in any order with equal result."""
+
+    parts: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(self, start: int, kept: float, asked: float) -> None:
+        with self._lock:
+            self.parts[start] = (kept, asked)
+
+    def value(self) -> float | None:
+        """`<M-W, D> / <D, D>`; None for an update of zero, or one that is not finite."""
+        parts = [self.parts[start] for start in sorted(self.parts)]
+        asked = math.fsum(part[1] for part in parts)
+        kept = math.fsum(part[0] for part in parts)
+        return kept / asked if asked > 0 and math.isfinite(kept / asked) else None
+
+
+class Scratch:
+    """Buffers of one worker thread, reused from block to block."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, role: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[rows, columns]`, contiguous, with whatever was in it. Equal roles share memory."""
+        wanted = rows * columns
+        buffer = self._buffers.get((role, dtype))
+        if buffer is None or buffer.numel() < wanted:
+            buffer = self._buffers[role, dtype] = torch.empty(wanted, dtype=dtype)
+        return buffer[:wanted].view(rows, columns)
+
+
+class RowRun:
+    """The changes of one tensor, ready to run; its rows may be processed by several threads."""
+
+    def __init__(
+        self, source: Weights, name: str, changes: Sequence[RowChange], adapters: Sequence[Weights]
+    ) -> None:
+        """Start from the tensor `name` of `source`; `adapters[i]` answers for the tensors of `changes[i]`."""
+        self._source = source
+        self._spec = source.specs[name]
+        self.retained = Retained()
+        self.kernels: tuple[RowKernel, ...] = tuple(
+            change.arithmetic.kernel(adapter) for change, adapter in zip(changes, adapters, strict=True)
+        )
+
+    def survey(self, scratch: Scratch, check: Callable[[], None]) -> None:
+        """Show every block to the kernels that ask for it; each sees what those before it make of the block."""
+        for position, kernel in enumerate(self.kernels):
+            if not kernel.surveys:
+                continue
+            for start, block in self._blocks(scratch, 0, self._rows, check):
+                current = block
+                for earlier in self.kernels[:position]:
+                    current, _ = self._apply(earlier, current, start, scratch)
+                kernel.survey(current, start)
+
+    def run(
+        self,
+        scratch: Scratch,
+        *,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        emit: Callable[[int, Tensor], None],
+        check: Callable[[], None],
+    ) -> None:
+        """Rows `start` to `stop`, `start` at the edge of a block; `emit(row, merged)` gets each block in `dtype`.
+
+        `check` is called before each block and may raise to stop.
+        """
+        for row, block in self._blocks(scratch, start, stop, check):
+            merged, update = block, block
+            for kernel in self.kernels:
+                merged, update = self._apply(kernel, merged, row, scratch)
+            if len(self.kernels) > 1:
+                torch.sub(merged, block, out=update)
+            rounded = scratch.take("rounded", block.shape[0], block.shape[1], dtype)
+            rounded.copy_(merged)
+            emit(row, rounded)
+            back = merged if dtype == torch.float32 else scratch.take("back", *block.shape).copy_(rounded)
+            self.retained.add(row, *kept_and_asked(block, back, update))
+
+    def _blocks(
+        self, scratch: Scratch, start: int, stop: int, check: Callable[[], None]
+    ) -> Iterator[tuple[int, Tensor]]:
+        step = block_rows(self._spec.shape)
+        for row in range(start, stop, step):
+            check()
+            stored = as_rows(self._source.read_rows(self._spec.name, row, min(row + step, stop)))
+            yield row, scratch.take("block", *stored.shape).copy_(stored)
+
+    def _apply(self, kernel: RowKernel, block: Tensor, row: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        role = "merged a" if block.data_ptr() != scratch.take("merged a", 1, 1).data_ptr() else "merged b"
+        merged, update = scratch.take(role, *block.shape), scratch.take("update", *block.shape)
+        kernel.apply(block, row, merged, update)
+        return merged, update
+
+    @property
+    def _rows(self) -> int:
+        return self._spec.shape[0] if self._spec.shape else 1
+
+
+def kept_and_asked(before: Tensor, after: Tensor, update: Tensor) -> tuple[float, float]:
+    """`<M-W, D>` and `<D, D>` of one block; overwrites `after`. All float32 of one shape."""
+    torch.sub(after, before, out=after)
+    flat = update.reshape(-1)
+    return float(torch.dot(after.reshape(-1), flat)), float(torch.dot(flat, flat))
