@@ -1,0 +1,281 @@
+"""The only module that talks to GitHub, through PyGithub.
+
+Every call that needs a permission the token lacks raises `PermissionMissing`, which names that permission;
+everything else that goes wrong raises GitHubError. Comments, issues and release notes carry a hidden marker and
+are only ever edited where this token's own account wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_adapter import __version__
+from merge_adapter.errors import GitHubError, InputError
+from merge_adapter.types import Operation
+
+if TYPE_CHECKING:
+    from github.GitRelease import GitRelease
+    from github.Issue import Issue
+
+API_URL = "https://api.github.com"
+WORKFLOW_USER = "github-actions[bot]"
+"""Who writes with the token of a workflow run."""
+BODY_LIMIT = 65_000
+"""Characters of a comment, an issue or a check run's summary; GitHub refuses more than 65,536."""
+_TITLE_LIMIT = 140
+"""Characters of a commit status's description, which is also a readable length for a title."""
+_LOOK_BACK = 300
+"""Open issues and comments looked through for the marker, newest issues first."""
+_TIMEOUT = 30
+"""Seconds without an answer."""
+
+
+class PermissionMissing(GitHubError):
+    """The token may not do this. `permission` is what a workflow's `permissions:` must grant."""
+
+    def __init__(self, doing: str, permission: str) -> None:
+        super().__init__(
+            f"the GitHub token may not {doing}",
+            hint=f"Grant it in the workflow, `permissions: {{{permission}}}`, or leave it: "
+            "the job's summary says the same.",
+        )
+        self.permission = permission
+
+
+class Conclusion(StrEnum):
+    """How a check ended, in the words of the checks API."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A verdict to show beside a commit."""
+
+    name: str
+    conclusion: Conclusion
+    title: str
+    """One line; the part of it that fits a commit status is shown there."""
+    summary: str
+    """Markdown, at most BODY_LIMIT characters."""
+    details_url: str
+    """Where the whole story is: the workflow run."""
+
+
+@dataclass(frozen=True)
+class Posted:
+    """Something written to GitHub."""
+
+    url: str
+    operation: Operation
+
+
+class GitHub:
+    """One repository on GitHub, seen with one token."""
+
+    def __init__(self, token: str, repository: str, *, api_url: str = API_URL) -> None:
+        from github import Auth, Github
+        from github.GithubRetry import GithubRetry
+        from urllib3.util import Retry
+
+        self.repository = repository
+        self._client = Github(
+            auth=Auth.Token(token),
+            base_url=api_url,
+            timeout=_TIMEOUT,
+            user_agent=f"merge-adapter/{__version__}",
+            # A POST whose answer was lost may have been carried out: repeating it could comment twice.
+            retry=GithubRetry(
+                total=3,
+                backoff_factor=1,
+                max_rate_limit_wait=60,
+                allowed_methods=Retry.DEFAULT_ALLOWED_METHODS,
+            ),
+            seconds_between_writes=None,
+            lazy=True,
+        )
+        self._repo = self._client.get_repo(repository, lazy=True)
+
+    def __repr__(self) -> str:
+        return f"GitHub({self.repository!r})"  # never the token
+
+    @cached_property
+    def login(self) -> str:
+        """The account this token writes as, as the REST API spells it."""
+        try:
+            # `GET /user` is closed to the token of a workflow run and to apps; this is open to all of them.
+            with _calling("ask whose token this is", "metadata: read"):
+                _, answer = self._client.requester.graphql_query("query { viewer { login } }", {})
+                return str(answer["data"]["viewer"]["login"])
+        except (GitHubError, KeyError, TypeError):
+            return WORKFLOW_USER
+
+    def check(self, sha: str, check: Check) -> str:
+        """Show `check` on the commit as a check run. Returns its URL."""
+        with _calling("create a check run", "checks: write"):
+            run = self._repo.create_check_run(
+                check.name,
+                sha,
+                details_url=check.details_url,
+                status="completed",
+                conclusion=check.conclusion.value,
+                output={"title": check.title[:_TITLE_LIMIT], "summary": check.summary},
+            )
+            return str(run.html_url)
+
+    def status(self, sha: str, check: Check) -> str:
+        """Show `check` on the commit as a commit status, which any token with write access can set."""
+        state = "failure" if check.conclusion is Conclusion.FAILURE else "success"
+        with _calling("set a commit status", "statuses: write"):
+            status = self._repo.get_commit(sha).create_status(
+                state=state,
+                target_url=check.details_url,
+                description=check.title[:_TITLE_LIMIT],
+                context=check.name,
+            )
+            return str(status.url)
+
+    def comment(self, number: int, marker: str, body: str) -> Posted:
+        """Write `body` to issue or pull request `number`: into our own comment that carries `marker`, or a new one."""
+        with _calling("comment on the pull request", "pull-requests: write"):
+            issue = self._repo.get_issue(number)
+            for comment in islice(issue.get_comments(), _LOOK_BACK):
+                if _owned(comment, marker, self.login):
+                    if comment.body == body:
+                        return Posted(comment.html_url, Operation.UNCHANGED)
+                    comment.edit(body)
+                    return Posted(comment.html_url, Operation.UPDATED)
+            return Posted(issue.create_comment(body).html_url, Operation.CREATED)
+
+    def open_issue(self, marker: str, title: str, body: str) -> Posted:
+        """An open issue that says `body`: our own that carries `marker`, brought up to date, or a new one."""
+        with _calling("open an issue", "issues: write"):
+            issue = self._find_issue(marker)
+            if issue is None:
+                created = self._repo.create_issue(title=title, body=body)
+                return Posted(created.html_url, Operation.CREATED)
+            if issue.body == body:
+                return Posted(issue.html_url, Operation.UNCHANGED)
+            issue.edit(body=body)
+            return Posted(issue.html_url, Operation.UPDATED)
+
+    def close_issue(self, marker: str, farewell: str) -> str | None:
+        """Close our own open issue that carries `marker` with a comment. Returns its URL, None when there is none."""
+        with _calling("close the issue", "issues: write"):
+            issue = self._find_issue(marker)
+            if issue is None:
+                return None
+            issue.create_comment(farewell)
+            issue.edit(state="closed", state_reason="completed")
+            return str(issue.html_url)
+
+    def attach(self, release_id: int, path: Path, *, name: str) -> str:
+        """Attach a file to a release under `name`, in place of one of that name. Returns its download URL."""
+        with _calling("attach files to the release", "contents: write"):
+            release = self._release(release_id)
+            for asset in release.get_assets():
+                if asset.name == name:
+                    asset.delete_asset()
+            return str(release.upload_asset(str(path), name=name).browser_download_url)
+
+    def release_notes(self, release_id: int, start: str, end: str, text: str) -> str:
+        """Put `text` between the markers `start` and `end` of a release's notes, at the end where they are missing.
+
+        The rest of the notes stays as it is. Returns the release's URL.
+        """
+        with _calling("edit the release", "contents: write"):
+            release = self._release(release_id)
+            notes = release.body or ""
+            before, found, rest = notes.partition(start)
+            after = rest.partition(end)[2] if found else ""
+            updated = f"{before.rstrip()}\n\n{start}\n{text}\n{end}{after}"
+            release.update_release(
+                name=release.name or release.tag_name,
+                message=updated.strip(),
+                draft=release.draft,
+                prerelease=release.prerelease,
+            )
+            return str(release.html_url)
+
+    def changed_between(self, base: str, head: str) -> tuple[str, ...]:
+        """Paths of the files that differ between two commits (GitHub lists 3,000 at most)."""
+        with _calling("compare commits", "contents: read"):
+            return tuple(file.filename for file in self._repo.compare(base, head).files)
+
+    def changed_in_pull_request(self, number: int) -> tuple[str, ...]:
+        """Paths of the files that a pull request changes (GitHub lists 3,000 at most)."""
+        with _calling("list the files of the pull request", "pull-requests: read"):
+            return tuple(file.filename for file in self._repo.get_pull(number).get_files())
+
+    def dispatch(self, event_type: str, payload: dict[str, Any]) -> None:
+        """Start the repository's workflows that listen to `repository_dispatch` with this type.
+
+        `payload` has at most 10 keys at its top and 64 KiB in all. GitHub does not say which run it starts.
+        """
+        if len(payload) > 10:
+            raise InputError(f"a repository_dispatch carries at most 10 keys, got {len(payload)}")
+        with _calling("start a workflow", "contents: write"):
+            self._repo.create_repository_dispatch(event_type, payload)
+
+    def _release(self, release_id: int) -> GitRelease:
+        return self._repo.get_release(release_id)
+
+    def _find_issue(self, marker: str) -> Issue | None:
+        newest_first = self._repo.get_issues(state="open", sort="created", direction="desc")
+        for issue in islice(newest_first, _LOOK_BACK):
+            if issue.pull_request is None and _owned(issue, marker, self.login):
+                return issue
+        return None
+
+
+def shortened(text: str, limit: int = BODY_LIMIT, *, rest: str) -> str:
+    """`text` cut at a paragraph so that with `rest`, which says where the remainder is, it fits `limit` characters."""
+    if len(text) <= limit:
+        return text
+    room = limit - len(rest) - 2
+    cut = text.rfind("\n\n", 0, room)
+    return f"{text[: cut if cut > 0 else room].rstrip()}\n\n{rest}"
+
+
+def _owned(written: Any, marker: str, login: str) -> bool:
+    """Whether our own account wrote it, marker included: anyone can paste a marker into a comment."""
+    return marker in (written.body or "") and written.user is not None and written.user.login == login
+
+
+@contextmanager
+def _calling(doing: str, permission: str) -> Iterator[None]:
+    """Around each use of the client. GitHub answers 404 as well as 403 where a permission is missing."""
+    import requests
+    from github import GithubException
+
+    try:
+        yield
+    except GithubException as error:
+        if error.status in (403, 404) and "rate limit" not in _said(error).lower():
+            raise PermissionMissing(doing, permission) from error
+        raise GitHubError(
+            f"GitHub refused to {doing}: {error.status} {_said(error)}",
+            hint="Run the job again; if GitHub says so again, the message tells which request it does not accept.",
+        ) from error
+    except requests.RequestException as error:
+        raise GitHubError(
+            f"GitHub could not be reached to {doing}: {type(error).__name__}",
+            hint="Run the job again when it is back.",
+        ) from error
+
+
+def _said(error: Any) -> str:
+    """GitHub's own message, without the request that PyGithub appends to it."""
+    data = error.data
+    message = data.get("message") if isinstance(data, dict) else data
+    details = data.get("errors") if isinstance(data, dict) else None
+    return f"{message}" + (f" ({details})"[:300] if details else "")
