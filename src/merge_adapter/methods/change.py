@@ -19,7 +19,7 @@ from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from merge_adapter.types import Adapter, MergeSettings, Resolved
+from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -347,6 +347,9 @@ class Planned:
     notes: tuple[str, ...] = ()
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json that the method itself calls for; None removes a key."""
+    strategy: Strategy = Strategy.STREAM
+    strategy_reason: str = ""
+    """Why not streamed, one sentence without its full stop; "" when it is."""
 
 
 class Planner(Protocol):
