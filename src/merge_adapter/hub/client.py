@@ -50,6 +50,11 @@ class Hub:
         with self.calling(f"look for {repo_id}", repo_id=repo_id):
             return repeat(lambda: self.api.repo_exists(repo_id), self.patience)
 
+    def create(self, repo_id: str, *, private: bool) -> None:
+        """Make a model repository; one that is there already stays as it is."""
+        with self.calling(f"create the repository {repo_id}", repo_id=repo_id):
+            repeat(lambda: self.api.create_repo(repo_id, private=private, exist_ok=True), self.patience)
+
     def tree(self, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
         """Every file of a commit or ref, by path."""
         with self.calling(f"list the files of {repo_id}", repo_id=repo_id, revision=revision):

@@ -53,8 +53,13 @@ CLIENT_ERRORS = (
 )
 """What the client is known to raise; anything else is a bug of ours and stays as it is."""
 
+AGAIN = "Run the same command again: it continues where it stopped."
 _SERVER_TEXT_LIMIT = 500
 """Characters of a server's own message that are shown."""
+
+
+class ConflictError(HubError):
+    """Somebody else changed what was to be changed; looking again and deciding anew is safe."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,8 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
             f"cannot {call.doing}: {situation} is not allowed to (HTTP 403){said}",
             hint=_permission_hint(call),
         )
+    if status in (409, 412):
+        return ConflictError(f"cannot {call.doing}: it changed meanwhile (HTTP {status}){said}", hint=AGAIN)
     if status == 429:
         wait = error.response.headers.get("Retry-After")
         when = f"after {wait} seconds" if wait and wait.isdigit() else "in some minutes"
@@ -213,7 +220,7 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
     if status >= 500:
         return HubError(
             f"cannot {call.doing}: the Hub failed (HTTP {status}){said}",
-            hint="Run the same command again: it continues where it stopped.",
+            hint=AGAIN,
         )
     return HubError(f"cannot {call.doing}: the Hub refused (HTTP {status}){said}")
 

@@ -69,6 +69,32 @@ def repeat(call: Callable[[], T], patience: Patience) -> T:
     raise AssertionError("at least one attempt is made")
 
 
+def once(send: Callable[[], T], look: Callable[[], T | None], patience: Patience) -> T:
+    """Carry out `send`, which must not happen twice.
+
+    When no answer comes, or the server fails with one that does not say whether it acted, `look` tells what became of
+    it; only when it finds nothing is it sent again. A 429 was not acted on.
+    """
+    for attempt in range(patience.attempts):
+        try:
+            return send()
+        except HfHubHTTPError as error:
+            wait = patience.wait(attempt, retry_after(error.response))
+            if error.response.status_code not in RETRIED_STATUSES or wait > patience.retry_after_limit:
+                raise
+            failure: Exception = error
+        except LOST_CONNECTION as error:
+            wait = patience.wait(attempt, None)
+            failure = error
+        found = look()
+        if found is not None:
+            return found
+        if attempt == patience.attempts - 1:
+            raise failure
+        time.sleep(wait)
+    raise AssertionError("at least one attempt is made")
+
+
 def retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait, when it says so in seconds."""
     value = response.headers.get("Retry-After", "").strip()

@@ -1,0 +1,213 @@
+"""One commit to one ref: large files shard by shard, then everything at once, never twice.
+
+What the Hub has already is not sent: files equal to those of the parent are left out by the client, and large files
+that a source repository holds are copied on the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+
+from merge_adapter.errors import MergeAdapterError
+from merge_adapter.hub.errors import ConflictError
+from merge_adapter.hub.session import RETRIED_STATUSES, once, repeat
+from merge_adapter.types import Progress
+
+if TYPE_CHECKING:
+    from merge_adapter.hub.client import Hub
+    from merge_adapter.hub.repository import HubRepository
+
+Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file of the commit."""
+
+    path_in_repo: str
+    place: Path
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a commit took."""
+
+    sha: str
+    bytes_sent: int
+    """Bytes of the files that were handed to the Hub; xet may have deduplicated parts of them."""
+    bytes_copied: int
+    """Bytes of the files copied on the server, or there already."""
+
+
+def commit(
+    hub: Hub,
+    repo_id: str,
+    ref: str,
+    uploads: Sequence[Upload],
+    *,
+    parent: HubRepository,
+    delete: Sequence[str],
+    sources: Sequence[HubRepository],
+    message: str,
+    body: str,
+    progress: Progress,
+) -> Commit:
+    """Put `uploads` on `ref`, whose head must be `parent`, and take `delete` away.
+
+    Raises ConflictError when the ref moved meanwhile, HubError otherwise. An interrupted call can be repeated: what
+    was uploaded stays with the Hub.
+    """
+    there = {path: entry.lfs.sha256 for path, entry in parent.entries.items() if entry.lfs}
+    copies, rest = _copied_on_server(uploads, sources, there)
+    removed = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in delete]
+    sender = _Sender(hub, repo_id, ref, parent.revision, message, body)
+    additions = [_addition(upload) for upload in rest]
+    sent = _preupload(sender, additions, rest, progress)
+    copied = sum(upload.bytes for upload in uploads) - sent
+    if copies:
+        try:
+            sha = sender.send([*additions, *copies, *removed], uploads)
+            return Commit(sha, sent, copied)
+        except MergeAdapterError as error:
+            if not _refused_copy(error.__cause__):
+                raise
+        progress.note("The Hub refused to copy files between the repositories; they are uploaded instead.")
+        paths = {copy.path_in_repo for copy in copies}
+        missing = [upload for upload in uploads if upload.path_in_repo in paths]
+        more = [_addition(upload) for upload in missing]
+        sent += _preupload(sender, more, missing, progress)
+        copied = sum(upload.bytes for upload in uploads) - sent
+        additions += more
+    return Commit(sender.send([*additions, *removed], uploads), sent, copied)
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """The commit's destination and words."""
+
+    hub: Hub
+    repo_id: str
+    ref: str
+    parent: str
+    message: str
+    body: str
+
+    def preupload(self, addition: CommitOperationAdd) -> None:
+        with self.hub.calling(
+            f"upload {addition.path_in_repo} to {self.repo_id}", repo_id=self.repo_id, revision=self.ref
+        ):
+            repeat(
+                lambda: self.hub.api.preupload_lfs_files(
+                    self.repo_id, [addition], revision=self.ref, free_memory=False
+                ),
+                self.hub.patience,
+            )
+
+    def send(self, operations: Sequence[Operation], uploads: Sequence[Upload]) -> str:
+        """Commit; the sha. A lost answer is resolved by looking at the ref."""
+
+        def look() -> str | None:
+            head = self.hub.open(self.repo_id, revision=self.ref)
+            if head.revision == self.parent:
+                return None
+            if holds(head.entries, uploads):
+                return head.revision
+            raise ConflictError(f"{self.ref} of {self.repo_id} was changed by somebody else meanwhile")
+
+        with self.hub.calling(
+            f"commit to {self.ref} of {self.repo_id}", repo_id=self.repo_id, revision=self.ref
+        ):
+            return once(
+                lambda: (
+                    self.hub.api.create_commit(
+                        self.repo_id,
+                        operations,
+                        commit_message=self.message,
+                        commit_description=self.body,
+                        revision=self.ref,
+                        parent_commit=self.parent,
+                    ).oid
+                ),
+                look,
+                self.hub.patience,
+            )
+
+
+def holds(entries: Mapping[str, RepoFile], uploads: Sequence[Upload]) -> bool:
+    """Whether a tree holds every one of `uploads`, by size, and by hash where the tree tells one of content."""
+    for upload in uploads:
+        entry = entries.get(upload.path_in_repo)
+        if entry is None or entry.size != upload.bytes:
+            return False
+        if entry.lfs is not None and entry.lfs.sha256 != upload.sha256:
+            return False
+    return True
+
+
+def _copied_on_server(
+    uploads: Sequence[Upload], sources: Sequence[HubRepository], there: Mapping[str, str]
+) -> tuple[list[CommitOperationCopy], list[Upload]]:
+    """Split `uploads` into copies of large files that a source holds with the same hash, and the rest."""
+    held: dict[str, tuple[HubRepository, str]] = {}
+    for source in reversed(sources):
+        for path, entry in source.entries.items():
+            if entry.lfs is not None and entry.xet_hash is not None:
+                held[entry.lfs.sha256] = (source, path)
+    copies: list[CommitOperationCopy] = []
+    rest: list[Upload] = []
+    for upload in uploads:
+        if there.get(upload.path_in_repo) == upload.sha256:
+            continue  # the client would upload it again before it finds that nothing changed
+        found = held.get(upload.sha256)
+        if found is None:
+            rest.append(upload)
+            continue
+        source, path = found
+        copies.append(
+            CommitOperationCopy(
+                src_path_in_repo=path,
+                path_in_repo=upload.path_in_repo,
+                src_revision=source.revision,
+                src_repo_id=source.repo_id,
+                src_repo_type="model",
+            )
+        )
+    return copies, rest
+
+
+def _addition(upload: Upload) -> CommitOperationAdd:
+    return CommitOperationAdd(path_in_repo=upload.path_in_repo, path_or_fileobj=upload.place)
+
+
+def _preupload(
+    sender: _Sender,
+    additions: Sequence[CommitOperationAdd],
+    uploads: Sequence[Upload],
+    progress: Progress,
+) -> int:
+    """Hand over the large files one by one, so that an interruption loses one at most. Bytes of all files."""
+    total = sum(upload.bytes for upload in uploads)
+    with progress.task(f"Uploading to {sender.repo_id}", total) as task:
+        for addition, upload in zip(additions, uploads, strict=True):
+            sender.preupload(addition)
+            task.advance(upload.bytes)
+    return total
+
+
+def _refused_copy(error: BaseException | None) -> bool:
+    """Whether it was the copy that was refused, for good: another region, a server without xet."""
+    if isinstance(error, FileDuplicationError):
+        return True
+    if not isinstance(error, HfHubHTTPError):
+        return False
+    url = error.response.request.url
+    return error.response.status_code not in RETRIED_STATUSES and url.path.endswith("/lfs-files/duplicate")

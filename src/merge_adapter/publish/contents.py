@@ -1,0 +1,94 @@
+"""What is uploaded: exactly the files that the report lists, and only while they are what it says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_adapter.errors import InputError
+from merge_adapter.report.document import REPORT_FILE
+from merge_adapter.types import Progress
+
+_BLOCK = 4 << 20
+"""Bytes hashed at a time."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """One file to publish."""
+
+    path: str
+    """Inside the merged folder, with forward slashes."""
+    place: Path
+    bytes: int
+    sha256: str
+
+
+def check_contents(folder: Path, report: Mapping[str, Any], progress: Progress) -> tuple[LocalFile, ...]:
+    """The files of `report` and the report itself, after comparing each with its recorded size and hash.
+
+    Raises InputError naming every file that is missing or differs. Files the report does not list stay here.
+    """
+    listed = report["output"]["files"]
+    files: list[LocalFile] = []
+    problems: list[str] = []
+    root = folder.resolve()
+    with progress.task("Checking the folder", sum(entry["bytes"] for entry in listed)) as task:
+        for entry in listed:
+            place = root.joinpath(*_parts(entry["path"]))
+            problem = _compare(root, place, entry, task.advance)
+            if problem:
+                problems.append(f"{entry['path']}: {problem}")
+            files.append(LocalFile(entry["path"], place, entry["bytes"], entry["sha256"]))
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(
+            f"{folder} is not what its {REPORT_FILE} describes: {shown}",
+            hint="Nothing was published. Merge again; a folder is published only as the gate judged it.",
+        )
+    return (*files, _report_file(root))
+
+
+def sha256_of(chunks: Iterable[bytes]) -> str:
+    """Hex digest of `chunks` in order."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    parts = tuple(path.split("/"))
+    if any(part in ("", ".", "..") or "\\" in part for part in parts) or path == REPORT_FILE:
+        raise InputError(
+            f"the report lists {path!r}, which is not a path inside the folder", hint="Merge again."
+        )
+    return parts
+
+
+def _compare(root: Path, place: Path, entry: Mapping[str, Any], advance: Any) -> str:
+    """What is wrong with one file, "" when nothing is."""
+    if not place.is_file():
+        return "is missing"
+    if not place.resolve().is_relative_to(root):
+        return "is a link that leads out of the folder"
+    size = place.stat().st_size
+    if size != entry["bytes"]:
+        return f"has {size} bytes, expected {entry['bytes']}"
+    digest = hashlib.sha256()
+    with place.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != entry["sha256"]:
+        return f"has sha256 {digest.hexdigest()[:12]}…, expected {entry['sha256'][:12]}…"
+    return ""
+
+
+def _report_file(root: Path) -> LocalFile:
+    place = root / REPORT_FILE
+    content = place.read_bytes()
+    return LocalFile(REPORT_FILE, place, len(content), sha256_of([content]))

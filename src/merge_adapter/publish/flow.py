@@ -1,0 +1,344 @@
+"""Publish: look, write what is missing, check it on the Hub, and only then call it ready.
+
+Every step looks first, so that a run can stop anywhere and the next one carries on: a draft without files gets its
+files, a checked commit its description, a passed draft its ready state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_adapter.errors import InputError, NotFoundError, PolicyError
+from merge_adapter.hub import ConflictError, PullRequest, PullRequests, Upload
+from merge_adapter.hub import commit as commit_to_hub
+from merge_adapter.publish import description
+from merge_adapter.publish.contents import LocalFile, check_contents
+from merge_adapter.publish.identity import (
+    Identity,
+    Marker,
+    find_marker,
+    identity_of_report,
+    identity_of_sources,
+)
+from merge_adapter.publish.settings import PublishSettings, Target
+from merge_adapter.publish.target import find_target, prepare_folder
+from merge_adapter.publish.whole import check_remote, listed_files, published_report, read_remote_report
+from merge_adapter.types import (
+    MergeSettings,
+    OnFail,
+    Operation,
+    Progress,
+    Publication,
+    PublishTo,
+    Resolved,
+    Verdict,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from merge_adapter.hub import Hub, HubRepository
+
+_ROUNDS = 4
+"""How often a publication starts over because somebody else wrote to the same place meanwhile."""
+_FRESH = frozenset({".gitattributes", "README.md", "LICENSE"})
+"""Files of a repository that somebody just made on the website."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A publication that is there already, with the report it was made from."""
+
+    report: Mapping[str, Any]
+    publication: Publication
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One publication: what, where, and as whom."""
+
+    report: Mapping[str, Any]
+    verification: Verification
+    files: tuple[LocalFile, ...]
+    identity: Identity
+    target: Target
+    settings: PublishSettings
+    evidence: str
+    hub: Hub
+    progress: Progress
+
+    @property
+    def passed(self) -> bool:
+        return self.verification.verdict is Verdict.PASS
+
+    @property
+    def marker(self) -> Marker:
+        return Marker(self.identity, self.verification.verdict)
+
+    @property
+    def listed(self) -> dict[str, tuple[int, str]]:
+        """path -> (bytes, sha256) of every file, the report among them."""
+        return {file.path: (file.bytes, file.sha256) for file in self.files}
+
+    @property
+    def pulls(self) -> PullRequests:
+        return PullRequests(self.hub, self.target.repo_id)
+
+    def open(self, revision: str) -> HubRepository:
+        """The target's folder at a revision."""
+        return self.hub.open(self.target.repo_id, revision=revision, subfolder=self.target.path_in_repo)
+
+
+def find_published(
+    sources: Resolved, settings: MergeSettings, publishing: PublishSettings, *, hub: Hub
+) -> Published | None:
+    """What an earlier run offered as ready from the same commits and settings; None when there is no such thing.
+
+    `publishing` comes from `prepare`. Local sources are never found: what they are is known after merging.
+    """
+    target = publishing.target
+    if target is None:
+        raise InputError("the publication was not prepared: call prepare first")
+    identity = identity_of_sources(sources, settings, target.path_in_repo)
+    if identity is None or find_target(target, hub=hub) is None:
+        return None
+    main = hub.open(target.repo_id, subfolder=target.path_in_repo)
+    found = _same(main, identity, target)
+    if found is not None:
+        return Published(found, _on_main(main, target, Operation.UNCHANGED, hub))
+    if publishing.publish_to is PublishTo.NEW_REPO:
+        return None
+    for pull in _of_lane(PullRequests(hub, target.repo_id), identity):
+        if pull.draft:
+            continue
+        head = hub.open(target.repo_id, revision=pull.ref, subfolder=target.path_in_repo)
+        found = _same(head, identity, target)
+        if found is not None:
+            return Published(found, _on_pull(pull, head.revision, target, Operation.UNCHANGED))
+    return None
+
+
+def publish(
+    folder: Path,
+    report: Mapping[str, Any],
+    verification: Verification,
+    *,
+    hub: Hub,
+    settings: PublishSettings,
+    progress: Progress,
+    evidence: str = "",
+) -> Publication | None:
+    """Offer a merged folder on the Hub; None when the verdict is not pass and drafts are not wanted.
+
+    `evidence` is the verdict's table as Markdown, for the description. Raises InputError when the folder is not what
+    `report` says, PolicyError when it may not be published there, HubError when the Hub fails or refuses.
+    """
+    if settings.publish_to is PublishTo.NONE:
+        return None
+    files = check_contents(folder, report, progress)
+    if settings.target is None:
+        settings = prepare_folder(report, settings, hub=hub)
+    assert settings.target is not None
+    if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD:
+        progress.note(f"Nothing is published: the verdict is {verification.verdict.value}.")
+        return None
+    job = _Job(
+        report=report,
+        verification=verification,
+        files=files,
+        identity=identity_of_report(report, settings.target.path_in_repo),
+        target=settings.target,
+        settings=settings,
+        evidence=evidence,
+        hub=hub,
+        progress=progress,
+    )
+    for round_ in range(_ROUNDS):
+        try:
+            return _publish_once(job)
+        except ConflictError:
+            if round_ == _ROUNDS - 1:
+                raise
+            progress.note(f"{job.target.repo_id} changed meanwhile; looking again.")
+    raise AssertionError("at least one round is made")
+
+
+def _publish_once(job: _Job) -> Publication:
+    if find_target(job.target, hub=job.hub) is None:
+        job.hub.create(job.target.repo_id, private=job.target.private)
+        find_target(job.target, hub=job.hub)  # somebody else may have made it, more open
+    main = job.open("main")
+    if job.passed and _same(main, job.identity, job.target) is not None:
+        return _on_main(main, job.target, Operation.UNCHANGED, job.hub)
+    if job.settings.publish_to is PublishTo.NEW_REPO and job.passed:
+        return _publish_on_main(job, main)
+    return _publish_on_pull(job, main)
+
+
+def _publish_on_main(job: _Job, main: HubRepository) -> Publication:
+    """A passed merge goes straight to main of a repository that is empty or holds an earlier one of its lane."""
+    earlier = read_remote_report(main)
+    if earlier is None:
+        ours = not set(main.files) - _FRESH
+    else:
+        ours = identity_of_report(earlier, job.target.path_in_repo).lane == job.identity.lane
+    if not ours:
+        raise InputError(
+            f"{main.origin} holds files that were not published from this adapter",
+            hint="Offer a pull request instead (--publish pull-request) or name another --target-repo.",
+        )
+    commit = _commit(job, "main", main, earlier)
+    _check(job, commit, job.listed)
+    operation = Operation.CREATED if earlier is None else Operation.UPDATED
+    return _on_main(job.open(commit), job.target, operation, job.hub)
+
+
+def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
+    pull = _choose(job) or _create(job)
+    head = job.open(pull.ref)
+    earlier = read_remote_report(head)
+    filled = earlier is not None and earlier != read_remote_report(main)
+    same = published_report(head) if filled and _is_of(job, earlier) else None
+    settled = same is not None and find_marker(pull.description) == job.marker
+    if settled and pull.draft is not job.passed:
+        return _on_pull(pull, head.revision, job.target, Operation.UNCHANGED)
+
+    commit = head.revision if same is not None else _commit(job, pull.ref, head, earlier)
+    _check(job, commit, job.listed if same is None else listed_files(same))
+    if not settled:
+        job.pulls.describe(pull, description.title(job.report), _description(job, pull.number))
+    if job.passed:
+        job.pulls.make_ready(pull)
+        _close_superseded(job, pull)
+    else:
+        job.pulls.comment(
+            pull, description.evidence_comment(job.report, job.verification, evidence=job.evidence)
+        )
+    operation = Operation.UPDATED if filled else Operation.CREATED
+    return _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
+
+
+def _is_of(job: _Job, report: Mapping[str, Any] | None) -> bool:
+    """Whether a report on the Hub is of the same sources, settings and verdict as this job."""
+    return (
+        report is not None
+        and identity_of_report(report, job.target.path_in_repo) == job.identity
+        and report["verification"]["verdict"] == job.verification.verdict.value
+    )
+
+
+def _choose(job: _Job) -> PullRequest | None:
+    """The pull request to continue: the first of its lane. What did not pass never goes into one that is ready."""
+    for pull in _of_lane(job.pulls, job.identity):
+        if job.passed or pull.draft:
+            return pull
+    return None
+
+
+def _create(job: _Job) -> PullRequest:
+    """Open a draft, unless another run has just done so: of two, the lower number stays and the other closes."""
+    again = _choose(job)
+    if again is not None:
+        return again
+    text = description.placeholder(job.report, job.marker)
+    created = job.pulls.create(description.title(job.report), text, look=lambda: _choose(job))
+    first = _choose(job)
+    if first is None or first.number >= created.number:
+        return created
+    job.pulls.close(created, f"A duplicate of #{first.number}, opened at the same moment.")
+    return first
+
+
+def _close_superseded(job: _Job, kept: PullRequest) -> None:
+    """Drafts of the same lane are of no use once one passed."""
+    for pull in _of_lane(job.pulls, job.identity):
+        if pull.number != kept.number and pull.draft:
+            job.pulls.close(pull, f"Superseded by #{kept.number}, which passed.")
+
+
+def _commit(job: _Job, ref: str, parent: HubRepository, earlier: Mapping[str, Any] | None) -> str:
+    """Put the files on `ref`; its new head. Files that an earlier publication listed and this one lacks go away."""
+    prefix = f"{job.target.path_in_repo}/" if job.target.path_in_repo else ""
+    uploads = [Upload(prefix + file.path, file.place, file.bytes, file.sha256) for file in job.files]
+    kept = {upload.path_in_repo for upload in uploads}
+    stale = (
+        [] if earlier is None else [prefix + path for path in listed_files(earlier) if path in parent.files]
+    )
+    result = commit_to_hub(
+        job.hub,
+        job.target.repo_id,
+        ref,
+        uploads,
+        parent=job.hub.open(job.target.repo_id, revision=parent.revision),
+        delete=[path for path in stale if path not in kept],
+        sources=_sources(job),
+        message=description.commit_message(job.report),
+        body=description.commit_body(job.report),
+        progress=job.progress,
+    )
+    changed = job.report["merge"].get("bytes_changed")
+    job.progress.note(
+        f"Uploaded {result.bytes_sent:,} bytes, saved {result.bytes_copied:,} that the Hub had"
+        + (f"; the merge changed {changed:,}." if isinstance(changed, int) else ".")
+    )
+    return result.sha
+
+
+def _sources(job: _Job) -> list[HubRepository]:
+    """The pinned repositories whose large files may be copied on the server, as far as they can still be seen."""
+    found = []
+    for entry in (job.report["base"], job.report["adapter"]):
+        if entry.get("revision") and entry.get("id"):
+            with suppress(NotFoundError, PolicyError):
+                found.append(job.hub.open(entry["id"], revision=entry["revision"]))
+    return found
+
+
+def _check(job: _Job, commit: str, listed: Mapping[str, tuple[int, str]]) -> None:
+    with job.progress.task("Checking what the Hub holds", None, unit="files") as task:
+        check_remote(job.open(commit), listed)
+        task.advance(len(listed))
+
+
+def _description(job: _Job, number: int) -> str:
+    return description.describe(
+        job.report,
+        job.verification,
+        job.marker,
+        job.target,
+        job.settings,
+        evidence=job.evidence,
+        number=number,
+    )
+
+
+def _of_lane(pulls: PullRequests, identity: Identity) -> list[PullRequest]:
+    return [pull for pull in pulls.mine() if _marks(pull, identity)]
+
+
+def _marks(pull: PullRequest, identity: Identity) -> bool:
+    marker = find_marker(pull.description)
+    return marker is not None and marker.identity.lane == identity.lane
+
+
+def _same(repository: HubRepository, identity: Identity, target: Target) -> dict[str, Any] | None:
+    """The report of a whole publication of `identity` that passed; None when it is not there."""
+    report = read_remote_report(repository)
+    if report is None or report["verification"]["verdict"] != Verdict.PASS.value:
+        return None
+    if identity_of_report(report, target.path_in_repo) != identity:
+        return None
+    return published_report(repository)
+
+
+def _on_main(repository: HubRepository, target: Target, operation: Operation, hub: Hub) -> Publication:
+    place = f"/tree/main/{target.path_in_repo}" if target.path_in_repo else ""
+    url = f"{hub.endpoint}/{repository.repo_id}{place}"
+    return Publication(repository.repo_id, url, operation, repository.revision)
+
+
+def _on_pull(pull: PullRequest, commit: str, target: Target, operation: Operation) -> Publication:
+    return Publication(target.repo_id, pull.url, operation, commit, pull.number, pull.draft)
