@@ -1,0 +1,118 @@
+"""`python -m localhub`: serve a Hub on 127.0.0.1 until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from localhub.errors import RefusedError
+from localhub.hub import Hub, open_hub
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m localhub",
+        description="A Hugging Face Hub on 127.0.0.1: set HF_ENDPOINT to the URL it prints.",
+    )
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 (default) takes a free one")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that keeps everything; made if missing"
+    )
+    parser.add_argument(
+        "--token",
+        action="append",
+        default=[],
+        metavar="NAME=TOKEN[:read]",
+        help="a user and a token of theirs, which may write unless it ends in :read; repeatable",
+    )
+    parser.add_argument(
+        "--organization",
+        action="append",
+        default=[],
+        metavar="NAME=USER[:ROLE],...",
+        help="an organisation and its members; roles are admin (default), write, contributor, read; repeatable",
+    )
+    return parser
+
+
+def add_accounts(hub: Hub, tokens: Sequence[str], organizations: Sequence[str]) -> None:
+    """Create what `--token` and `--organization` say.
+
+    Raises:
+        ValueError: one of them is not of the documented form.
+    """
+    for item in tokens:
+        name, _, token = item.partition("=")
+        token, _, role = token.partition(":")
+        if not name or not token or role not in ("", "read", "write"):
+            raise ValueError("--token: expected NAME=TOKEN or NAME=TOKEN:read")
+        hub.accounts.add(name)
+        hub.accounts.add_token(name, token, role=TokenRole(role or "write"))
+    for item in organizations:
+        name, _, members = item.partition("=")
+        hub.accounts.add(name, type="org")
+        for member in filter(None, members.split(",")):
+            user, _, role = member.partition(":")
+            hub.accounts.add(user)
+            hub.accounts.join(name, user, role or "admin")
+
+
+from localhub.accounts import TokenRole  # noqa: E402
+
+
+async def _serve(hub: Hub, listener: socket.socket) -> None:
+    import uvicorn
+
+    from localhub.app import make_app
+
+    config = uvicorn.Config(
+        make_app(hub),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=30,
+    )
+    server = uvicorn.Server(config)
+
+    async def announce() -> None:
+        while not server.started:
+            await asyncio.sleep(0.005)
+        port = listener.getsockname()[1]
+        sys.stdout.write(f"http://127.0.0.1:{port}\n")
+        sys.stdout.flush()
+
+    announcing = asyncio.create_task(announce())
+    await server.serve(sockets=[listener])
+    announcing.cancel()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGINT or SIGTERM; the exit code."""
+    options = parser().parse_args(arguments)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", options.port))
+    except OSError as error:
+        sys.stderr.write(f"localhub: cannot listen on 127.0.0.1:{options.port}: {error.strerror}\n")
+        return 2
+    hub = open_hub(options.data)
+    try:
+        add_accounts(hub, options.token, options.organization)
+    except (ValueError, RefusedError) as error:
+        sys.stderr.write(f"localhub: {error}\n")
+        return 2
+    try:
+        asyncio.run(_serve(hub, listener))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

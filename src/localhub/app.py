@@ -1,0 +1,72 @@
+"""The web application: routes, error answers, background threads."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from localhub import routing
+from localhub.errors import RefusedError
+from localhub.hub import Hub
+
+routing.register()
+
+from localhub.api import (  # noqa: E402 - routes need the convertors registered above
+    account,
+    commit,
+    content,
+    discussions,
+    lfs,
+    repos,
+    resolve,
+    validate,
+    xet,
+)
+
+
+def make_app(hub: Hub) -> FastAPI:
+    """The application that serves one Hub."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(title="localhub", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.hub = hub
+    app.router.redirect_slashes = False
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.middleware("http")(_request_id)
+    app.add_middleware(routing.KeepEncodedSlashes)
+    for module in (account, validate, lfs, xet, content, commit, discussions, repos, resolve):
+        app.include_router(module.router)
+    return app
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    # A HEAD answer has no body; the headers say it all.
+    if request.method == "HEAD":
+        return Response(status_code=error.status, headers=error.headers())
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers())
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(
+        {"error": error.detail},
+        status_code=error.status_code,
+        headers={"X-Error-Message": str(error.detail), **(error.headers or {})},
+    )
+
+
+async def _request_id(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Clients quote this id in their error messages."""
+    response = await call_next(request)
+    response.headers["X-Request-Id"] = request.headers.get("x-amzn-trace-id") or secrets.token_hex(8)
+    return response
