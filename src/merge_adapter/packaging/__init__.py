@@ -1,0 +1,1 @@
+"""What belongs beside merged weights: which files, from whom, and what has to be edited in them."""

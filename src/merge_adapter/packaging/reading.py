@@ -1,0 +1,38 @@
+"""JSON files of untrusted repositories, read with a limit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from merge_adapter.errors import MalformedError
+from merge_adapter.types import Repository
+
+_LIMIT = 16 << 20
+"""Bytes of a config read at most. Tokenizer configs with thousands of added tokens reach 1 MB."""
+
+
+def read_json(repository: Repository, path: str) -> Any:
+    """The parsed content of `path`. MalformedError when it is no JSON or too large."""
+    size = repository.files.get(path, 0)
+    if size > _LIMIT:
+        raise MalformedError(
+            f"{path} of {repository.origin} has {size} bytes; a config of at most {_LIMIT} is read"
+        )
+    try:
+        return json.loads(repository.read(path))
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(
+            f"{path} of {repository.origin} is not readable JSON: {error}",
+            hint="Fix the file in its repository, or remove it there if nothing needs it.",
+        ) from error
+
+
+def read_object(repository: Repository, path: str) -> dict[str, Any]:
+    """The JSON object in `path`; MalformedError when it holds anything else."""
+    parsed = read_json(repository, path)
+    if not isinstance(parsed, dict):
+        raise MalformedError(
+            f"{path} of {repository.origin} holds a {type(parsed).__name__}, expected an object"
+        )
+    return parsed
