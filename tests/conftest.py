@@ -9,10 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from localhub.process import LocalHub
 
 TESTS = Path(__file__).parent
 DEMO_ASSETS = TESTS.parent / "src" / "merge_adapter" / "demo" / "assets"
@@ -101,6 +105,21 @@ def embedding_adapter() -> Path:
     Its config names the base as the Hub id `sentence-transformers/all-MiniLM-L6-v2`.
     """
     return TESTS / "assets" / "embedding_adapter"
+
+
+@pytest.fixture(scope="session")
+def tokens() -> dict[str, str]:
+    """User name -> writing token of everybody on `hub`: an owner of models, a bot, and a stranger."""
+    return {"ada": "hf_ada", "merge-bot": "hf_merge_bot", "stranger": "hf_stranger"}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory, tokens: dict[str, str]) -> Iterator[LocalHub]:
+    """A running embedded Hub with the users of `tokens`, shared by the session: give repositories unique names."""
+    from localhub.process import LocalHub
+
+    with LocalHub(tmp_path_factory.mktemp("hub"), tokens=tokens, organizations={"demo": ["ada"]}) as running:
+        yield running
 
 
 @pytest.fixture

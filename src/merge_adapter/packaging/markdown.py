@@ -47,7 +47,8 @@ def quoted(text: str) -> str:
     if len(body) > _QUOTED_BYTES:
         body = body[:_QUOTED_BYTES] + "\n\n(cut here: the card is longer)"
     lines = body.split("\n")
-    tokens = MarkdownIt("commonmark").parse(body)
+    # Parsed without HTML, as it will be read once its tags are escaped: an HTML block hides headings.
+    tokens = MarkdownIt("commonmark", {"html": False}).parse(body)
     in_code = _lines_of(tokens, {"fence", "code_block"})
     headings = {
         token.map[0]: (token.map[1], int(token.tag[1]))

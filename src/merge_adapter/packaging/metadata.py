@@ -24,6 +24,7 @@ _FRONT_MATTER = re.compile(
 )
 _REPO_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_LICENSE_NAME = re.compile(r"[a-z0-9.-]{1,128}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|code|multilingual")
 _TAG = re.compile(r"[\w][\w .+/-]{0,63}")
 _LINK = re.compile(r"https://[^\s<>\"']{1,300}|[\w][\w./-]{0,100}")
@@ -86,7 +87,7 @@ class Card:
         stated = read_licence(self.metadata)
         if not all(_LICENSE.fullmatch(part) for part in stated.id.split(" and ")):
             return Licence("")
-        name = stated.name if _LICENSE.fullmatch(stated.name) else ""
+        name = stated.name if _LICENSE_NAME.fullmatch(stated.name) else ""
         return Licence(stated.id, name, stated.link if _LINK.fullmatch(stated.link) else "")
 
 
@@ -110,7 +111,7 @@ def merged_licence(base: Card, adapter: Card, chosen: str | None) -> LicenceDeci
     try:
         return decide_licence(adapter.licence, base.licence, given=chosen)
     except PolicyError as error:
-        name = f"{base.licence.id}-and-{adapter.licence.id}"
+        name = re.sub(r"[^a-z0-9.-]", "-", f"{base.licence.id}-and-{adapter.licence.id}")
         return LicenceDecision(Licence("other", name), f"Not settled: {error.message}.")
 
 
