@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from merge_adapter import __version__
@@ -51,11 +50,13 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app(args=arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        app(args=arguments, prog_name="merge-adapter")
+    except SystemExit as leaving:  # how Typer ends: usage errors it has told itself, and Ctrl-C
+        code = leaving.code if isinstance(leaving.code, int) else ExitCode.DONE
+        if code == ExitCode.INTERRUPTED:
+            _say("interrupted: nothing was left behind")
+        return code
+    except KeyboardInterrupt:
         _say("interrupted: nothing was left behind")
         return ExitCode.INTERRUPTED
     except NotEquivalentError as error:
@@ -66,8 +67,6 @@ def run(arguments: list[str]) -> int:
         if as_json:
             _print_json({"error": _error_entry(error)})
         return error.exit_code
-    except BrokenPipeError:
-        return ExitCode.INPUT
     except Exception:  # noqa: BLE001  # the outermost boundary: whatever is not ours is a bug, and said so
         from traceback import print_exc
 

@@ -35,6 +35,7 @@ from merge_adapter.workspace import check_destination, check_space, deliver, par
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
+    from merge_adapter.package import Packaged
     from merge_adapter.publish import PublishSettings
 
 REPORT_PAGE = "merge_report.html"
@@ -131,6 +132,7 @@ def run(
     Sources and settings already published are not merged again: the outcome says "unchanged".
     """
     from merge_adapter.publish import find_published, prepare, publish
+    from merge_adapter.report.evidence import verdict_markdown
 
     if output is not None:
         check_destination(output)
@@ -148,12 +150,18 @@ def run(
             place = Path(scratch) / "merged"
         else:
             place = output
-        merged = _build(sources, plan, request, place, progress)
+        merged = _build(sources, plan, request, place, progress, publishing)
         publication = None
         report = merged.report
         if publishing.publish_to is not PublishTo.NONE:
             publication = publish(
-                merged.folder, report, merged.verification, hub=hub, settings=publishing, progress=progress
+                merged.folder,
+                report,
+                merged.verification,
+                hub=hub,
+                settings=publishing,
+                progress=progress,
+                evidence=verdict_markdown(report["verification"]),
             )
         if publication is not None:
             report = {**report, "publication": document.publication_entry(publication)}
@@ -169,13 +177,20 @@ def run(
 def publish_folder(folder: Path, publishing: PublishSettings, *, hub: Hub, progress: Progress) -> RunOutcome:
     """Publish a folder merged earlier, by its report; refused when its files no longer match that report."""
     from merge_adapter.publish import prepare_folder, publish
+    from merge_adapter.report.evidence import verdict_markdown
 
     report = document.read(folder)
     verdict = Verdict(report["verification"]["verdict"])
     reasons = tuple(report["verification"]["reasons"])
     publishing = prepare_folder(report, publishing, hub=hub)
     publication = publish(
-        folder, report, Verification(verdict, reasons), hub=hub, settings=publishing, progress=progress
+        folder,
+        report,
+        Verification(verdict, reasons),
+        hub=hub,
+        settings=publishing,
+        progress=progress,
+        evidence=verdict_markdown(report["verification"]),
     )
     if publication is not None:
         report = {**report, "publication": document.publication_entry(publication)}
@@ -194,7 +209,12 @@ def _unchanged(report: Mapping[str, Any], publication: Publication) -> RunOutcom
 
 
 def _build(
-    sources: Resolved, plan: MergePlan, request: MergeRequest, output: Path, progress: Progress
+    sources: Resolved,
+    plan: MergePlan,
+    request: MergeRequest,
+    output: Path,
+    progress: Progress,
+    publishing: PublishSettings | None = None,
 ) -> Merged:
     from merge_adapter.merge import merge
     from merge_adapter.package import package
@@ -212,10 +232,8 @@ def _build(
         )
         packaged = package(sources, plan, partial, settings=request.settings)
         verification = _judge(partial, sources, request, progress)
-        notes = (*sources.notes, *plan.notes, *result.notes, *packaged.notes)
-        report = _write_reports(
-            partial, sources, plan, request.settings, result, packaged.files, verification, notes
-        )
+        work = _Work(sources, plan, request.settings, result, packaged, verification)
+        report = _write_reports(partial, work, publishing)
         merged = Merged(output, report, verification, sources, plan)
         if not merged.accepted:
             merged = replace(merged, folder=rejected(output))
@@ -232,58 +250,63 @@ def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Pro
     return verify(folder, sources, settings=request.gate, progress=progress)
 
 
-def _write_reports(
-    folder: Path,
-    sources: Resolved,
-    plan: MergePlan,
-    settings: MergeSettings,
-    result: MergeResult,
-    packaged: tuple[OutputFile, ...],
-    verification: Verification,
-    notes: tuple[str, ...],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Work:
+    """What the stages before the reports gave."""
+
+    sources: Resolved
+    plan: MergePlan
+    settings: MergeSettings
+    result: MergeResult
+    packaged: Packaged
+    verification: Verification
+
+    def document(self, *written: OutputFile) -> dict[str, Any]:
+        """The report, with the files `written` after the stages."""
+        result = self.result
+        return document.build(
+            sources=self.sources,
+            settings=self.settings,
+            adapter_tensors=self.plan.adapter_tensors,
+            consumed=self.plan.consumed,
+            files=(*result.files, *self.packaged.files, *written),
+            merge={
+                "seconds": round(result.seconds, 3),
+                "bytes_read": result.bytes_read,
+                "bytes_written": result.bytes_written,
+                "bytes_changed": result.bytes_changed,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "tensors_changed": result.tensors_changed,
+                "tensors_copied": result.tensors_copied,
+                "strategy": self.plan.strategy.value,
+            },
+            verification=self.verification,
+            notes=(*self.sources.notes, *self.plan.notes, *result.notes, *self.packaged.notes),
+        )
+
+
+def _write_reports(folder: Path, work: _Work, publishing: PublishSettings | None) -> dict[str, Any]:
     """Card, page and merge_report.json, the last of which names every other file."""
     from merge_adapter.card import write_card
+    from merge_adapter.report.evidence import verdict_markdown
     from merge_adapter.report.page import write_page
 
-    draft = _document(sources, plan, settings, result, (*result.files, *packaged), verification, notes)
-    card = write_card(folder, sources=sources, plan=plan, report=draft)
-    page = write_page(folder / REPORT_PAGE, draft)
-    report = _document(
-        sources, plan, settings, result, (*result.files, *packaged, card, page), verification, notes
+    draft = work.document()
+    target = publishing.target if publishing is not None else None
+    card = write_card(
+        folder,
+        sources=work.sources,
+        plan=work.plan,
+        report=draft,
+        settings=work.settings,
+        table=verdict_markdown(draft["verification"]),
+        license=publishing.license if publishing is not None else None,
+        place=target.repo_id if target is not None and not target.path_in_repo else None,
     )
+    page = write_page(folder / REPORT_PAGE, draft)
+    report = work.document(card, page)
     document.write(report, folder)
     return report
-
-
-def _document(
-    sources: Resolved,
-    plan: MergePlan,
-    settings: MergeSettings,
-    result: MergeResult,
-    files: tuple[OutputFile, ...],
-    verification: Verification,
-    notes: tuple[str, ...],
-) -> dict[str, Any]:
-    return document.build(
-        sources=sources,
-        settings=settings,
-        adapter_tensors=plan.adapter_tensors,
-        consumed=plan.consumed,
-        files=files,
-        merge={
-            "seconds": round(result.seconds, 3),
-            "bytes_read": result.bytes_read,
-            "bytes_written": result.bytes_written,
-            "bytes_changed": result.bytes_changed,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "tensors_changed": result.tensors_changed,
-            "tensors_copied": result.tensors_copied,
-            "strategy": plan.strategy.value,
-        },
-        verification=verification,
-        notes=notes,
-    )
 
 
 def peak_rss_bytes() -> int:
