@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_adapter.accounting import account
 from merge_adapter.checkpoint.layout import Layout, find_layout
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
-from merge_adapter.errors import BaseModelError, MethodError
 from merge_adapter.methods.adapter_file import AdapterFile, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
-from merge_adapter.methods.change import Change, Context, Kind, Planned, TensorSpec
-from merge_adapter.methods.lora import plan_lora
-from merge_adapter.names.choose import NoNames, name_map
+from merge_adapter.methods.change import Change, Kind, TensorSpec
+from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import MergeSettings, Resolved, Strategy
 
 _RUNTIME_BYTES = 300 << 20
@@ -98,32 +96,17 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     notes: list[str] = []
     config_changes: dict[str, Any] = {}
     consumed = 0
+    strategy, reason = Strategy.STREAM, "every change can be made tensor by tensor from the files"
     for number, file in enumerate(files):
-        planned = _plan_adapter(sources, settings, file, base)
+        planned = plan_adapter(sources, settings, file.adapter, file.specs, base)
         consumed += account(file.specs, planned.changes)
         steps.extend(Step(change, number) for change in planned.changes)
         notes.extend((*file.notes, *planned.notes))
         config_changes.update(planned.config_changes)
-    return _assemble(sources, settings, layout, files, steps, notes, config_changes, consumed)
-
-
-def _plan_adapter(
-    sources: Resolved, settings: MergeSettings, file: AdapterFile, base: Mapping[str, TensorSpec]
-) -> Planned:
-    adapter, tensors = file.adapter, file.specs
-    if adapter.method != "LORA":
-        raise MethodError(f"{adapter.method} adapters cannot be merged.")
-    names = name_map(
-        sources.base,
-        adapter.config,
-        tensors,
-        base,
-        tuner_prefixes=("lora_",),
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if isinstance(names, NoNames):
-        raise BaseModelError(f"The base's tensor names cannot be mapped: {names.reason}.")
-    return plan_lora(Context(sources, settings, adapter, adapter.config, tensors, base, names))
+        if planned.strategy is Strategy.MEMORY:
+            strategy, reason = planned.strategy, planned.strategy_reason
+    made = _assemble(sources, settings, layout, files, steps, notes, config_changes, consumed)
+    return replace(made, strategy=strategy, strategy_reason=reason)
 
 
 def _assemble(
@@ -145,7 +128,7 @@ def _assemble(
     return MergePlan(
         method=sources.adapter.method,
         strategy=Strategy.STREAM,
-        strategy_reason="every change can be made tensor by tensor from the files",
+        strategy_reason="",
         steps=tuple(steps),
         outputs=outputs,
         adapter_tensors=sum(len(file.specs) for file in files),

@@ -40,6 +40,8 @@ class Method:
     """Why it is not mergeable or not streamed, or a limit; one or two sentences."""
     unless: tuple[tuple[str, Any, Way], ...] = ()
     """`(config key, value, way)`: with that value the method goes another way."""
+    writes: tuple[str, ...] = ("weight",)
+    """Parameters of an adapted module that it can change; those that a module lacks aside."""
     reads_weights: bool = False
     """Whether PEFT's initialisation reads base weights although the saved tensors then replace what it made."""
 
@@ -59,8 +61,9 @@ METHODS: tuple[Method, ...] = (
     Method("LORA", "LoRA (rsLoRA, lora_bias, patterns)", Way.ROWS, _ADD, ("lora_",), "DoRA is multiplicative.",
            reads_weights=True),
     Method("ADALORA", "AdaLoRA", Way.LAYER, _ADD, ("lora_", "ranknum")),
-    Method("ADAMSS", "AdaMSS", Way.ALONE, _ADD, ("adamss_",)),
-    Method("BEFT", "BEFT", Way.LAYER, _ADD, ("beft_",), "Changes biases only; each target needs one."),
+    Method("ADAMSS", "AdaMSS", Way.ALONE, _ADD, ("adamss_",), writes=("weight", "bias")),
+    Method("BEFT", "BEFT", Way.LAYER, _ADD, ("beft_",), "Changes biases only; each target needs one.",
+           writes=("bias",)),
     Method("BOFT", "BOFT", Way.LAYER, _MUL, ("boft_",)),
     Method("C3A", "C3A", Way.LAYER, _ADD, ("c3a_",)),
     Method("DEFT", "DEFT", Way.LAYER, _MUL, ("deft_",), reads_weights=True),
@@ -68,12 +71,12 @@ METHODS: tuple[Method, ...] = (
     Method("FOURIERFT", "FourierFT", Way.LAYER, _ADD, ("fourierft_",)),
     Method("FROD", "FRoD", Way.MEMORY, _MUL, ("frod_",),
            "Its initialisation decomposes the weights of all layers together."),
-    Method("GLORA", "GLoRA", Way.LAYER, _MUL, ("glora_",)),
+    Method("GLORA", "GLoRA", Way.LAYER, _MUL, ("glora_",), writes=("weight", "bias")),
     Method("GRALORA", "GraLoRA", Way.LAYER, _ADD, ("gralora_",)),
     Method("HIRA", "HiRA", Way.LAYER, _MUL, ("hira_",)),
     Method("HRA", "HRA", Way.LAYER, _MUL, ("hra_",)),
-    Method("IA3", "IA3", Way.LAYER, _MUL, ("ia3_",)),
-    Method("LN_TUNING", "LN tuning", Way.LAYER, _SET, ("ln_tuning_",), reads_weights=True),
+    Method("IA3", "IA3", Way.LAYER, _MUL, ("ia3_",), writes=("weight", "bias")),
+    Method("LN_TUNING", "LN tuning", Way.LAYER, _SET, ("ln_tuning_",), reads_weights=True, writes=("weight", "bias")),
     Method("LOHA", "LoHa", Way.LAYER, _ADD, ("hada_",)),
     Method("LOKR", "LoKr", Way.LAYER, _ADD, ("lokr_",)),
     Method("MISS", "MiSS", Way.LAYER, _ADD, ("miss_",), "With init_weights=bat it is multiplicative."),
@@ -83,7 +86,7 @@ METHODS: tuple[Method, ...] = (
     Method("PSOFT", "PSOFT", Way.ALONE, _MUL, ("psoft_",)),
     Method("PVERA", "PVeRA", Way.LAYER, _ADD, ("pvera_",)),
     Method("RANDLORA", "RandLoRA", Way.LAYER, _ADD, ("randlora_",)),
-    Method("ROAD", "RoAd", Way.LAYER, _MUL, ("road_",)),
+    Method("ROAD", "RoAd", Way.LAYER, _MUL, ("road_",), writes=("weight", "bias")),
     Method("SHIRA", "SHiRA", Way.LAYER, _ADD, ("shira_",)),
     Method("SUPERTUNING", "Supertuning", Way.LAYER, _ADD, ("supertuning_",), reads_weights=True,
            unless=(("save_precomputed_indices", False, Way.ALONE),)),

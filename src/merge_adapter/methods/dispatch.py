@@ -1,0 +1,94 @@
+"""Which planner an adapter goes to, and what it is given to look names up with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from merge_adapter.errors import BaseModelError
+from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
+from merge_adapter.methods.lora import plan_lora, split_factors
+from merge_adapter.methods.refuse import check_method
+from merge_adapter.methods.table import Method, Way
+from merge_adapter.methods.targets import OnDisk, locate
+from merge_adapter.names.choose import NoNames, general_names, name_map, split_targets
+from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
+
+_LAYER_ONLY = ("target_parameters", "kasa_config", "use_bdlora", "monteclora_config")
+"""LoRA config keys that closed forms do not cover; PEFT's own layer does."""
+
+
+def plan_adapter(
+    sources: Resolved,
+    settings: MergeSettings,
+    adapter: Adapter,
+    tensors: Mapping[str, TensorSpec],
+    base: Mapping[str, TensorSpec],
+) -> Planned:
+    """Plan one adapter. `tensors` are its own, under repaired names; `base` those of the base checkpoint.
+
+    Raises MethodError for what has no merge, before anything heavy is imported, and what planners raise.
+    """
+    method = check_method(adapter.config)
+    in_memory = settings.strategy is Strategy.MEMORY
+    if method.way is Way.ROWS and not in_memory and not any(adapter.config.get(key) for key in _LAYER_ONLY):
+        names = name_map(
+            sources.base,
+            adapter.config,
+            tensors,
+            base,
+            tuner_prefixes=method.prefixes,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        context = _context(sources, settings, adapter, tensors, base, names)
+        if _in_rows(context):
+            return plan_lora(context)
+    else:
+        names = _general(sources, settings, adapter, tensors, base, method)
+        context = _context(sources, settings, adapter, tensors, base, names)
+    from merge_adapter.methods.peft_layer import plan_peft  # imports torch and PEFT
+
+    return plan_peft(context, in_memory=in_memory)
+
+
+def _in_rows(context: Context) -> bool:
+    """Whether every module that a LoRA changes is a tensor of its own on disk."""
+    factors, rest = split_factors(context.tensors)
+    parameters = [f"{module.module}.weight" for module in factors]
+    if any(not isinstance(locate(context, parameter), OnDisk) for parameter in parameters):
+        return False
+    return all(context.names.group(path.replace(".base_layer.", ".")) is None for path in rest)
+
+
+def _general(
+    sources: Resolved,
+    settings: MergeSettings,
+    adapter: Adapter,
+    tensors: Mapping[str, TensorSpec],
+    base: Mapping[str, TensorSpec],
+    method: Method,
+) -> NameMap | NoNames:
+    modules, _ = split_targets(tensors, method.prefixes)
+    return general_names(
+        sources.base,
+        adapter.config,
+        tensors,
+        base,
+        modules=modules,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _context(
+    sources: Resolved,
+    settings: MergeSettings,
+    adapter: Adapter,
+    tensors: Mapping[str, TensorSpec],
+    base: Mapping[str, TensorSpec],
+    names: NameMap | NoNames,
+) -> Context:
+    if isinstance(names, NoNames):
+        raise BaseModelError(
+            f"The base's tensors cannot be matched to the adapter: {names.reason}.",
+            hint="Name the base the adapter was trained on with --base-model.",
+        )
+    return Context(sources, settings, adapter, adapter.config, tensors, base, names)

@@ -1,0 +1,273 @@
+"""Any method of PEFT, merged by PEFT's own layers, one module at a time.
+
+The plan is made on a model of ghosts: PEFT builds its layers there, which tells every tensor it would save and
+the module each belongs to. When it runs, each module in turn gets its real weights, in float32, PEFT's `merge()`
+changes them, and the ghost returns. Modules whose weights lie in one conversion group on disk (experts, a fused
+projection) are done together. Methods whose initialisation reads a weight get a model of that one module; what even
+that cannot do is done on the whole model in memory, by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge_adapter.errors import AccountingError, BaseModelError, MethodError
+from merge_adapter.methods.change import (
+    Change,
+    Context,
+    Group,
+    Kind,
+    ModuleChange,
+    Planned,
+    Replacement,
+    TensorSpec,
+)
+from merge_adapter.methods.ghost import ghostly
+from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign
+from merge_adapter.methods.peft_run import MergeTogether, Output, Session, Source
+from merge_adapter.methods.refuse import check_method
+from merge_adapter.methods.replacements import usual_dtype
+from merge_adapter.methods.table import Method, Way
+from merge_adapter.names.conversion import ConvertedNames
+from merge_adapter.types import Strategy
+
+_COPIES = 10
+"""PEFT's merge of one module takes up to this many times the module's weight in float32."""
+_GHOST_BYTES = 64 << 20
+"""What the model of ghosts takes, apart from the adapter."""
+
+
+def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
+    """Plan an adapter of any mergeable method through PEFT's layers.
+
+    `context.names` must be a ConvertedNames. `in_memory` asks for the in-memory way whatever the method.
+    Raises MethodError, AccountingError, ShapeError or BaseModelError.
+    """
+    method = check_method(context.config)
+    names = context.names
+    if not isinstance(names, ConvertedNames):
+        raise TypeError(f"expected ConvertedNames, got {type(names).__name__}")
+    adapted = adapt(ghostly(names.model), context.config)
+    assigned = assign(adapted, context.tensors, set(names.model.state_dict()))
+    way, reason = _way(method, context.config, adapted, in_memory=in_memory)
+    planner = _Planner(context, names, method, adapted, assigned, way)
+    return planner.plan(reason)
+
+
+def _way(
+    method: Method, config: Mapping[str, Any], adapted: AdaptedModel, *, in_memory: bool
+) -> tuple[Way, str]:
+    """How the modules are merged, and why in memory when they are."""
+    if in_memory:
+        return Way.MEMORY, "it was asked for"
+    way = method.way_for(config)
+    if way is Way.MEMORY:
+        return way, f"{method.title} cannot be merged module by module: {method.note}".rstrip(".")
+    if way is not Way.ALONE and adapted.reads and not method.reads_weights:
+        return (
+            Way.MEMORY,
+            f"PEFT's initialisation of {method.title} read base weights, which it was not known to do",
+        )
+    return (Way.LAYER if way is Way.ROWS else way), ""
+
+
+@dataclass(frozen=True)
+class _Planner:
+    context: Context
+    names: ConvertedNames
+    method: Method
+    adapted: AdaptedModel
+    assigned: Assigned
+    way: Way
+
+    def plan(self, reason: str) -> Planned:
+        layers = self.adapted.layers()
+        if not layers and not self.assigned.parameters:
+            raise MethodError("The adapter changes nothing: no module of the base is a target of it.")
+        session = Session(self.names, self.adapted, self.assigned, self.context.config, self.way)
+        outputs = {layer.path: self._outputs(layer) for layer in layers}
+        untied = self._untied(layers, outputs)
+        changes: list[Change] = []
+        shared = self.assigned.shared
+        for members in self._together(layers, outputs):
+            changes.append(self._change(session, members, outputs, untied, shared))
+            shared = ()  # counted once
+        changes.extend(
+            self._replacements({p for made in outputs.values() for o in made for p in (o.parameter,)})
+        )
+        in_memory = self.way is Way.MEMORY
+        return Planned(
+            changes=tuple(changes),
+            config_changes={"tie_word_embeddings": False} if untied else {},
+            strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
+            strategy_reason=reason if in_memory else "",
+        )
+
+    # ------------------------------------------------------------------------------- where parameters lie
+
+    def _outputs(self, layer: Layer) -> tuple[Output, ...]:
+        """The parameters of the base that a layer changes, and where each is written."""
+        wanted = layer.only or self.method.writes
+        held = [name for name in wanted if layer.base._parameters.get(name) is not None]
+        if self.context.config.get("lora_bias") and layer.base._parameters.get("bias") is not None:
+            held.append("bias")
+        if not held:
+            raise MethodError(
+                f"{layer.path}: {self.method.title} changes {' and '.join(wanted)}, which the base's module lacks.",
+                hint="This architecture cannot hold the update; keep the adapter unmerged.",
+            )
+        return tuple(Output(f"{layer.path}.{name}", self._source(f"{layer.path}.{name}")) for name in held)
+
+    def _source(self, parameter: str) -> Source:
+        tensor = self.names.direct(parameter)
+        if tensor is not None:
+            return Source(self.context.base[tensor], None)
+        group = self.names.group(parameter)
+        if group is not None:
+            return Source(None, group)
+        reason = self.names.failures.get(parameter)
+        if reason:
+            raise BaseModelError(
+                f"{parameter} cannot be written back: {reason}.",
+                hint="transformers cannot undo its own conversion of this checkpoint; keep the adapter unmerged.",
+            )
+        names = self.assigned.of_module.get(parameter.rpartition(".")[0], ())
+        raise AccountingError(
+            f"The base checkpoint has no tensor for {parameter}, which the adapter changes.",
+            tensors=names,
+            hint="Name the base the adapter was trained on with --base-model.",
+        )
+
+    def _together(
+        self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
+    ) -> list[tuple[Layer, ...]]:
+        """Layers that must be merged in one go: those that share a group on disk, or all of them in memory."""
+        layers = tuple(layers)
+        if self.way is Way.MEMORY:
+            return [layers] if layers else []
+        sets: list[tuple[set[str], list[Layer]]] = []
+        for layer in layers:
+            tensors = {name for output in outputs[layer.path] for name in output.source.tensors}
+            joined = [entry for entry in sets if entry[0] & tensors and self._grouped(outputs[layer.path])]
+            merged = (
+                tensors.union(*(entry[0] for entry in joined)),
+                [m for e in joined for m in e[1]] + [layer],
+            )
+            sets = [entry for entry in sets if entry not in joined] + [merged]
+        return [tuple(members) for _, members in sets]
+
+    def _grouped(self, outputs: Iterable[Output]) -> bool:
+        return any(output.source.group is not None for output in outputs)
+
+    def _untied(
+        self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
+    ) -> dict[str, TensorSpec]:
+        """Tied parameters that must get a tensor of their own: parameter -> that tensor.
+
+        When only one of two tied parameters is adapted they were different in training. Trained tokens are the
+        exception: PEFT then adapts both with the same values.
+        """
+        adapted = {output.parameter for made in outputs.values() for output in made} | set(
+            self.assigned.parameters
+        )
+        tokens = {
+            layer.path for layer in layers if any(getattr(p, "tied_adapter", None) for p in layer.layers)
+        }
+        new: dict[str, TensorSpec] = {}
+        for parameter in sorted(adapted):
+            others = self.names.tied(parameter)
+            if not others or {parameter, *others} <= set(self.names.renamed):
+                continue
+            if all(other in adapted for other in others) and tokens:
+                continue
+            if len(others) > 1:
+                raise BaseModelError(
+                    f"{parameter} shares its tensor with {', '.join(others)}, which the adapter does not change.",
+                    hint="No checkpoint of this architecture can hold both; keep the adapter unmerged.",
+                )
+            own = parameter if parameter not in self.names.renamed else others[0]
+            tensor = self.context.base[self.names.direct(parameter) or ""]
+            new[own] = TensorSpec(self.names.disk_name(own), tensor.dtype, tensor.shape)
+        return new
+
+    # ------------------------------------------------------------------------------------------- changes
+
+    def _change(
+        self,
+        session: Session,
+        members: tuple[Layer, ...],
+        outputs: Mapping[str, tuple[Output, ...]],
+        untied: Mapping[str, TensorSpec],
+        shared: tuple[str, ...],
+    ) -> ModuleChange:
+        made = tuple(output for layer in members for output in outputs[layer.path])
+        own = {output.parameter: untied[output.parameter] for output in made if output.parameter in untied}
+        copies = self._kept_originals(made, untied)
+        arithmetic = MergeTogether(session, tuple(layer.path for layer in members), made, own, copies)
+        consumed = [name for layer in members for name in self.assigned.of_module.get(layer.path, ())]
+        consumed += [
+            self.assigned.parameters[p] for p in arithmetic.parameters if p in self.assigned.parameters
+        ]
+        elements = max((spec.elements for spec in arithmetic.writes), default=0)
+        if self.way is Way.MEMORY:
+            elements = sum(parameter.numel() for parameter in self.names.model.parameters())
+        reads = dict.fromkeys(name for output in made for name in output.source.tensors)
+        return ModuleChange(
+            module=members[0].path if len(members) == 1 else f"{members[0].path} and {len(members) - 1} more",
+            reads=tuple(reads),
+            writes=arithmetic.writes,
+            consumes=(*consumed, *shared),
+            kind=self._kind(),
+            memory_bytes=_GHOST_BYTES + (2 if self.way is Way.MEMORY else _COPIES) * 4 * elements,
+            arithmetic=arithmetic,
+        )
+
+    def _kept_originals(
+        self, made: tuple[Output, ...], untied: Mapping[str, TensorSpec]
+    ) -> dict[str, tuple[TensorSpec, TensorSpec]]:
+        """Unadapted partners of tied parameters that change: partner -> (tensor to copy, copy)."""
+        copies = {}
+        for output in made:
+            for other in self.names.tied(output.parameter):
+                if other in untied and output.source.tensor is not None and output.parameter not in untied:
+                    copies[other] = (output.source.tensor, untied[other])
+        return copies
+
+    def _kind(self) -> Kind:
+        config = self.context.config
+        if config.get("use_dora") or config.get("init_weights") == "bat":
+            return Kind.MULTIPLICATIVE
+        assert self.method.kind is not None
+        return self.method.kind
+
+    def _replacements(self, merged: set[str]) -> list[Change]:
+        """Tensors of the adapter that simply take a parameter's place."""
+        changes: list[Change] = []
+        groups: dict[int, tuple[Group, list[str]]] = {}
+        for parameter, name in self.assigned.parameters.items():
+            if parameter in merged:
+                continue
+            group = self.names.group(parameter)
+            if group is not None:
+                groups.setdefault(id(group), (group, []))[1].append(parameter)
+                continue
+            changes.append(self._replacement(parameter, name))
+        if groups:
+            listed = ", ".join(parameter for _, found in groups.values() for parameter in found)
+            raise BaseModelError(
+                f"Trained tensors replace parts of fused ones on disk: {listed}.",
+                hint="Use --strategy memory.",
+            )
+        return changes
+
+    def _replacement(self, parameter: str, name: str) -> Replacement:
+        spec = self.context.tensors[name]
+        on_disk = self.names.direct(parameter) if parameter in self.names.renamed else None
+        if on_disk is not None:
+            old = self.context.base[on_disk]
+            return Replacement(TensorSpec(old.name, old.dtype, spec.shape), parameter, name)
+        dtype = usual_dtype(self.context.base)
+        added = TensorSpec(self.names.disk_name(parameter), dtype, spec.shape)
+        return Replacement(added, parameter, name, kind=Kind.ADD)
