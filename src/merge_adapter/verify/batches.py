@@ -1,0 +1,77 @@
+"""Probe texts as token ids: one batch of equal length that every arm reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.probes import Probe
+
+SHORTEST = 16
+"""Tokens of a document below which a language model has too little context to show an adapter's effect."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What the arms read, and what it was made from."""
+
+    batch: Batch
+    names: tuple[str, ...]
+    source: str
+    """`text` or `random token ids`."""
+    templated: int = 0
+    """How many documents went through the chat template."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int(self.batch.mask.sum())
+
+
+def tokenized(
+    probes: tuple[Probe, ...], tokenizer: Any, *, budget: int, vocabulary: int, limit: int
+) -> Probes:
+    """As many documents as `budget` tokens allow, cut to one length of at most `limit`, padded on the right.
+
+    Ids beyond `vocabulary` (a tokenizer larger than its model) are folded back into it.
+    """
+    length = max(1, min(limit, max(SHORTEST, budget // len(probes))))
+    count = max(1, min(len(probes), budget // length))
+    rows: list[list[int]] = []
+    templated = 0
+    for probe in probes[:count]:
+        ids, through = _ids(probe, tokenizer)
+        templated += through
+        rows.append([token % vocabulary for token in ids[:length]] or [0])
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if isinstance(getattr(tokenizer, "pad_token_id", None), int) else 0
+    ids = torch.full((count, width), pad % vocabulary, dtype=torch.int64)
+    mask = torch.zeros((count, width), dtype=torch.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = torch.tensor(row)
+        mask[at, : len(row)] = 1
+    return Probes(Batch(ids, mask), tuple(probe.name for probe in probes[:count]), "text", templated)
+
+
+def _ids(probe: Probe, tokenizer: Any) -> tuple[list[int], bool]:
+    if probe.messages and getattr(tokenizer, "chat_template", None):
+        try:
+            text = tokenizer.apply_chat_template([dict(turn) for turn in probe.messages], tokenize=False)
+        except Exception:  # noqa: BLE001 - a template may refuse a role; the plain form then serves
+            text = ""
+        if text:
+            return list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"])), True
+    return list(map(int, tokenizer(probe.plain())["input_ids"])), False
+
+
+def random_ids(*, budget: int, vocabulary: int, limit: int, seed: int) -> Probes:
+    """Seeded random token ids, for a base without a tokenizer."""
+    length = max(1, min(limit, SHORTEST))
+    count = max(1, budget // length)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+    names = tuple(f"random {at}" for at in range(count))
+    return Probes(Batch(ids, torch.ones_like(ids)), names, "random token ids")

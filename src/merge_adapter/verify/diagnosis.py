@@ -1,0 +1,203 @@
+"""What went wrong with a tensor, in words. Words only: the verdict never depends on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merge_adapter.verify.oracle import Replaced, Update, as_matrix
+from merge_adapter.verify.weights import Agreement, TensorEvidence, blocks
+
+NEAR = 0.04
+"""How close (relative) an alpha-hat must come to a known mistake to be named after it."""
+
+ALONG = 0.35
+"""Largest stray share for which a change still counts as a multiple of the update; rounding alone strays."""
+
+
+@dataclass(frozen=True)
+class Clues:
+    """What is known of the adapter where a tensor went wrong."""
+
+    rank: int | None = None
+    rslora: bool = False
+    dora: bool = False
+
+
+def explain(
+    evidence: TensorEvidence,
+    merged: Tensor,
+    update: Update | None,
+    base: Tensor,
+    clues: Clues,
+    others: Mapping[str, Callable[[], Tensor]],
+) -> TensorEvidence:
+    """`evidence` with its diagnosis. `others` are what the model's tensors of the same shape should hold."""
+    if evidence.agreement is not Agreement.WRONG:
+        return evidence
+    return replace(evidence, diagnosis=_diagnosis(evidence, merged, update, base, clues, others))
+
+
+def _diagnosis(
+    evidence: TensorEvidence,
+    merged: Tensor,
+    update: Update | None,
+    base: Tensor,
+    clues: Clues,
+    others: Mapping[str, Callable[[], Tensor]],
+) -> str:
+    damage = _damage(evidence, merged)
+    if damage:
+        return damage
+    place = _elsewhere(evidence.name, merged, base, others)
+    if update is None:
+        words = f"differs from the base outside the adapter's targets ({_share(evidence)})"
+        return f"{words}; {place}" if place else words
+    if place:
+        return place
+    if isinstance(update, Replaced):
+        if torch.equal(merged, base.to(merged.dtype)) and not torch.equal(update.value, base):
+            return "not merged: the base's tensor stands where the adapter brings its own"
+        return f"differs from the tensor the adapter brings ({_share(evidence)})"
+    return _multiple(evidence, merged, update, clues)
+
+
+def _damage(evidence: TensorEvidence, merged: Tensor) -> str:
+    if not evidence.finite:
+        bad = int((~torch.isfinite(merged)).sum())
+        return f"{bad:,} of {evidence.elements:,} elements are not finite"
+    if merged.numel() > 1 and not bool(merged.any()):
+        return "zeroed"
+    return ""
+
+
+def _share(evidence: TensorEvidence) -> str:
+    return f"{evidence.differing:,} of {evidence.elements:,} elements"
+
+
+def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: Clues) -> str:
+    alpha = evidence.alpha if evidence.alpha is not None and math.isfinite(evidence.alpha) else 0.0
+    local = _local(evidence, merged, update)
+    if local:
+        return local
+    unmoved = (
+        torch.equal(merged, update.base.to(merged.dtype)) if merged.shape == update.base.shape else False
+    )
+    if unmoved:
+        return "not merged"
+    if evidence.stray <= max(ALONG, _rounding_stray(evidence, merged, update)):
+        named = _named(alpha, clues)
+        return named or f"merged at {alpha:.3g} times the adapter's strength"
+    if clues.dora and evidence.residual < 1:
+        return (
+            f"merged without DoRA's norm (alpha-hat {alpha:.2f}, error {evidence.residual:.2f} of the update)"
+        )
+    change = _norm(merged, update)
+    if change > 10:
+        return f"differs from the base {change:.0f} times as much as the adapter's update: another base, or damaged"
+    if abs(alpha) < 0.3:
+        return f"another adapter: it moved by {change:.2g} of the update, hardly along it (alpha-hat {alpha:.2f})"
+    if evidence.residual < 0.3:
+        return f"close to merged but off by {evidence.residual:.2g} of the update: coarser arithmetic or dtype on the way"
+    return f"merged only in part, or mixed with another update (alpha-hat {alpha:.2f})"
+
+
+def _named(alpha: float, clues: Clues) -> str:
+    root = math.sqrt(clues.rank) if clues.rank else 0.0
+    known: list[tuple[float, str]] = [
+        (0.0, "not merged"),
+        (2.0, "merged twice"),
+        (3.0, "merged three times"),
+        (-1.0, "sign flipped: the update was subtracted"),
+    ]
+    if clues.rank and clues.rank > 1:
+        slip = "rsLoRA ignored" if clues.rslora else "rsLoRA assumed"
+        if clues.rslora:
+            known.append((1 / root, f"scaled by 1/sqrt(r): {slip}"))
+        else:
+            known.append((root, f"scaled by sqrt(r): {slip}"))
+        known.append((float(clues.rank), "scaled by r: alpha was not divided by the rank"))
+    for value, words in known:
+        if abs(alpha - value) <= NEAR * max(1.0, abs(value)):
+            return words
+    return ""
+
+
+def _rounding_stray(evidence: TensorEvidence, merged: Tensor, update: Update) -> float:
+    """The stray share that rounding to the stored dtype alone leaves: of no meaning for updates near an ulp."""
+    if evidence.effect <= 0 or not math.isfinite(evidence.effect):
+        return 0.0
+    unit = torch.finfo(merged.dtype).eps / 2 / math.sqrt(3)
+    ratio = unit / (evidence.effect * max(abs(evidence.alpha or 0.0), 0.1))
+    return min(0.9, ratio)
+
+
+def _local(evidence: TensorEvidence, merged: Tensor, update: Update) -> str:
+    """Errors that sit in few rows of a tensor are damage, not arithmetic."""
+    if merged.ndim < 2 or merged.shape[0] < 8:
+        return ""
+    flat = as_matrix(merged)
+    bad: list[int] = []
+    for start, stop in blocks(update.shape):
+        target = update.target_rows(start, stop, torch.float64)
+        delta = (target - update.base_rows(start, stop, torch.float64)).norm(dim=1)
+        error = (flat[start:stop].double() - target).norm(dim=1)
+        floor = 2 * torch.finfo(merged.dtype).eps * target.norm(dim=1)
+        bad += (torch.nonzero(error > floor + 0.5 * delta).flatten() + start).tolist()
+    if 0 < len(bad) <= merged.shape[0] // 4:
+        span = f"row {bad[0]}" if len(bad) == 1 else f"rows {bad[0]} to {bad[-1]}"
+        return f"wrong in {len(bad):,} of {merged.shape[0]:,} rows ({span}), right elsewhere"
+    return ""
+
+
+def _norm(merged: Tensor, update: Update) -> float:
+    """|M - W| / |D|."""
+    change = delta = 0.0
+    flat = as_matrix(merged)
+    for start, stop in blocks(update.shape):
+        base = update.base_rows(start, stop, torch.float64)
+        change += float((flat[start:stop].double() - base).square().sum())
+        delta += float((update.target_rows(start, stop, torch.float64) - base).square().sum())
+    return math.sqrt(change / delta) if delta else math.inf
+
+
+def _elsewhere(name: str, merged: Tensor, base: Tensor, others: Mapping[str, Callable[[], Tensor]]) -> str:
+    """Another tensor's content, or its own turned round."""
+    if merged.ndim < 2:
+        return ""
+    rows = min(4, merged.shape[0])
+    head = merged[:rows].float()
+    own = _distance(head, base[:rows].float()) if base.shape == merged.shape else math.inf
+    if own < 0.3:
+        return ""
+    if merged.ndim == 2 and merged.shape == merged.T.shape and base.shape == merged.shape:
+        turned = _distance(head, base[:, :rows].T.float())
+        if turned < 0.3:
+            return "transposed"
+    for other, content in others.items():
+        if other != name and _distance(head, content()[:rows].float()) < 0.1:
+            return f"holds what belongs to {other}"
+    return ""
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    size = float(right.norm())
+    return float((left - right).norm()) / size if size and left.shape == right.shape else math.inf
+
+
+def summarise(found: Iterable[TensorEvidence]) -> tuple[str, ...]:
+    """One line per diagnosis: the tensor named when there is one, counted when there are many."""
+    grouped: dict[str, list[str]] = {}
+    for evidence in found:
+        if evidence.diagnosis:
+            grouped.setdefault(evidence.diagnosis.split(" (")[0], []).append(evidence.name)
+    lines = []
+    for words, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        module = names[0].removesuffix(".weight")
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        lines.append(f"{module}{more}: {words}")
+    return tuple(lines)

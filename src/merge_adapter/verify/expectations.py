@@ -1,0 +1,305 @@
+"""Which tensor of the merged model must be what: a walk over the model that PEFT built.
+
+PEFT has put its layers where the adapter belongs; this walk asks each of them what it holds, and pairs it with the raw
+adapter file. Names are those of the merged model in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_adapter.errors import MethodError
+from merge_adapter.types import Resolved
+from merge_adapter.verify.loading import PREFIX, AdapterFile, inner
+from merge_adapter.verify.oracle import Computed, Dora, LowRank, Replaced, Update
+from merge_adapter.verify.recipe import Recipe, recipe
+
+
+@dataclass
+class Expectations:
+    """What every parameter and persistent buffer of the merged model must be."""
+
+    plain: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> the base's own tensor, to be kept."""
+    updates: dict[str, Update] = field(default_factory=dict)
+    """Name -> what the adapter makes of it."""
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    """Name of a weight -> PEFT's layer around it, for the modules part."""
+    consumed: set[str] = field(default_factory=set)
+    """Keys of the raw adapter files that the closed forms used."""
+    disagreements: list[str] = field(default_factory=list)
+    """Where PEFT's layer and the raw config differ."""
+
+
+def expectations(model: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Expectations:
+    """Walk PEFT's `model` and say what each tensor of the merged model must be.
+
+    Raises MethodError for a layer that has no merge.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found = Expectations()
+    root = inner(model)
+    handled: list[str] = []
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if any(name == path or name.startswith(path + ".") for path in handled[-1:]):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            handled.append(name)
+            _wrapper(found, name, module, files)
+        elif isinstance(module, BaseTunerLayer):
+            handled.append(name)
+            _layer(found, name, module, sources, files)
+        else:
+            for leaf, tensor in _own_tensors(module):
+                _plain(found, f"{name}.{leaf}" if name else leaf, tensor, files)
+    return found
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers that hang directly on a module."""
+    yield from ((name, tensor) for name, tensor in module._parameters.items() if tensor is not None)
+    skipped = module._non_persistent_buffers_set
+    yield from ((n, t) for n, t in module._buffers.items() if t is not None and n not in skipped)
+
+
+def _plain(found: Expectations, name: str, tensor: Tensor, files: tuple[AdapterFile, ...]) -> None:
+    """A tensor PEFT left alone, unless the adapter file carries it under its own name (biases, embeddings)."""
+    for file in files:
+        for key in (
+            f"{PREFIX}{name}",
+            f"{PREFIX}{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}",
+        ):
+            value = file.tensors.get(key)
+            if value is not None:
+                found.consumed.add(key)
+                found.updates[name] = Replaced(tensor.detach(), value)
+                return
+    found.plain[name] = tensor.detach()
+
+
+def _wrapper(found: Expectations, name: str, module: Any, files: tuple[AdapterFile, ...]) -> None:
+    """modules_to_save, or single trained rows of an embedding."""
+    tokens = getattr(module, "token_adapter", None)
+    if tokens is not None:
+        _computed(found, name, tokens)
+        _consume(found, name, files)
+        return
+    active = [key for key in module.active_adapters if key in module.modules_to_save]
+    trained = module.modules_to_save[active[-1]] if active else module.original_module
+    original = dict(module.original_module.named_parameters(remove_duplicate=False))
+    for leaf, tensor in trained.named_parameters(remove_duplicate=False):
+        raw = [(f"{PREFIX}{name}.{leaf}", file) for file in files if f"{PREFIX}{name}.{leaf}" in file.tensors]
+        value = raw[-1][1].tensors[raw[-1][0]] if raw else tensor.detach()
+        found.consumed.update(key for key, _ in raw)
+        base = original.get(leaf)
+        # a head whose shape the adapter changed has no base to compare with
+        base = value if base is None or base.shape != value.shape else base.detach()
+        found.updates[f"{name}.{leaf}"] = Replaced(base, value)
+    for leaf, tensor in trained.named_buffers(remove_duplicate=False):
+        found.plain[f"{name}.{leaf}"] = tensor.detach()
+
+
+def _consume(found: Expectations, path: str, files: tuple[AdapterFile, ...]) -> None:
+    start = f"{PREFIX}{path}."
+    found.consumed.update(key for file in files for key in file.tensors if key.startswith(start))
+
+
+def _layer(
+    found: Expectations, name: str, module: Any, sources: Resolved, files: tuple[AdapterFile, ...]
+) -> None:
+    """A layer PEFT adapted: in closed form where there is one, else PEFT's merge on a copy."""
+    closed = _closed_form(found, name, module, sources, files)
+    if closed is None:
+        _computed(found, name, module)
+        _consume(found, name, files)
+        return
+    base = module.get_base_layer()
+    found.updates[f"{name}.weight"] = closed
+    found.layers[f"{name}.weight"] = module
+    for leaf, tensor in _own_tensors(base):
+        if leaf == "weight":
+            continue
+        bias = _bias_update(name, module, tensor, sources, files) if leaf == "bias" else None
+        if bias is not None:
+            found.updates[f"{name}.{leaf}"] = bias
+        else:
+            _plain(found, f"{name}.{leaf}", tensor, files)
+    _consume(found, name, files)
+
+
+def _closed_form(
+    found: Expectations, name: str, module: Any, sources: Resolved, files: tuple[AdapterFile, ...]
+) -> Update | None:
+    """W + sum of s B A over the adapters, or DoRA for a single one; None when the layer is of another kind."""
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    base = module.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if weight is None or not all(adapter.method == "LORA" for adapter in sources.adapters):
+        return None
+    magnitude: Tensor | None = None
+    transposed = bool(getattr(module, "fan_in_fan_out", False))
+    for at, (adapter, file) in enumerate(zip(sources.adapters, files, strict=True)):
+        factors = _factors(file, name)
+        if factors is None:
+            if any(key.startswith(f"{PREFIX}{name}.") for key in file.tensors):
+                return None
+            continue
+        down, up, embedding = factors
+        numbers = recipe(adapter.config, name)
+        _cross_check(found, name, module, at, len(files), numbers, adapter.weight)
+        flip = embedding or transposed
+        up, down = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)  # (out, r), (r, in)
+        if flip:
+            up, down = down.T, up.T  # the stored weight is (in, out)
+        if up.shape[0] != weight.shape[0] or down.shape[1] * up.shape[0] != weight.numel():
+            return None
+        lefts.append(up.double() * numbers.scale * adapter.weight)
+        rights.append(down.double())
+        if numbers.dora:
+            magnitude = file.module(name, "lora_magnitude_vector")
+            if magnitude is None:
+                magnitude = file.module(name, "lora_magnitude_vector.weight")
+            if magnitude is None or weight.ndim != 2 or embedding or len(files) > 1:
+                return None
+    if not lefts or any(
+        key.startswith(f"{PREFIX}{name}.") and _is_foreign(key) for f in files for key in f.tensors
+    ):
+        return None
+    left, right = torch.cat(lefts, 1), torch.cat(rights, 0)
+    if magnitude is not None:
+        return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed)
+    return LowRank(weight.detach(), left, right)
+
+
+_LORA_LEAVES = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+    "base_layer.bias",
+    "base_layer.weight",
+    "bias",
+    "weight",
+)
+
+
+def _is_foreign(key: str) -> bool:
+    """A tensor inside an adapted module that no closed form here accounts for."""
+    return not key.endswith(_LORA_LEAVES)
+
+
+def _factors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, bool] | None:
+    """(A, B, is embedding) as the raw file holds them."""
+    down, up = file.module(name, "lora_A.weight"), file.module(name, "lora_B.weight")
+    if down is not None and up is not None:
+        return down, up, False
+    down, up = file.module(name, "lora_embedding_A"), file.module(name, "lora_embedding_B")
+    if down is not None and up is not None:
+        return down, up, True
+    return None
+
+
+def _cross_check(
+    found: Expectations, name: str, module: Any, at: int, count: int, numbers: Recipe, weight: float
+) -> None:
+    """PEFT's own scaling must agree with what the raw config says."""
+    key = "default" if count == 1 and at == 0 else f"adapter_{at}"
+    key = "default" if at == 0 and "default" in getattr(module, "scaling", {}) else key
+    theirs = getattr(module, "scaling", {}).get(key)
+    ours = numbers.scale * weight
+    if isinstance(theirs, int | float) and abs(theirs - ours) > 1e-6 * abs(ours):
+        found.disagreements.append(f"{name}: PEFT scales by {theirs:g}, the adapter's config says {ours:g}")
+
+
+def _bias_update(
+    name: str, module: Any, bias: Tensor, sources: Resolved, files: tuple[AdapterFile, ...]
+) -> Update | None:
+    """The base's bias plus s times the bias of B (`lora_bias`); None when no adapter has one."""
+    total = torch.zeros(bias.shape, dtype=torch.float64)
+    seen = False
+    for adapter, file in zip(sources.adapters, files, strict=True):
+        extra = file.module(name, "lora_B.bias")
+        if extra is not None:
+            total += extra.double() * recipe(adapter.config, name).scale * adapter.weight
+            seen = True
+    if not seen:
+        return None
+    return LowRank(bias.detach(), total[:, None], torch.ones(1, 1, dtype=torch.float64))
+
+
+def _computed(found: Expectations, name: str, module: Any) -> None:
+    """What PEFT's own merge makes of a copy of one module, in fp64 where the method allows, else in fp32."""
+    base = _plain_layer(module)
+    double = _merged_copy(module, torch.float64)
+    single = _merged_copy(module, torch.float32)
+    if double is None and single is None:
+        raise MethodError(
+            f"PEFT has no merge for {name} ({type(module).__module__}.{type(module).__name__})",
+            hint="Serve this adapter unmerged; it cannot be folded into plain weights.",
+        )
+    truth = double if double is not None else single
+    assert truth is not None
+    native = _merged_copy(module, None)
+    label = f"PEFT's own {type(module).__module__.split('.')[2]} layer, {'fp64' if double is not None else 'fp32'}"
+    originals = {k: v.detach() for k, v in _state(base).items()}
+    for leaf, target in truth.items():
+        original = originals.get(leaf)
+        full = f"{name}.{leaf}" if name else leaf
+        if original is None:
+            found.plain[full] = target
+            continue
+        if torch.equal(target, original.to(target.dtype)):
+            found.plain[full] = original
+            continue
+        found.updates[full] = Computed(
+            original,
+            target,
+            native.get(leaf) if native else None,
+            single.get(leaf) if single and double is not None else None,
+            form=label,
+        )
+        if leaf == "weight":
+            found.layers[full] = module
+
+
+def _plain_layer(module: Any) -> nn.Module:
+    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module.base_layer
+    assert isinstance(layer, nn.Module)
+    return layer
+
+
+def _state(layer: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in layer.state_dict().items() if isinstance(v, Tensor)}
+
+
+def _merged_copy(module: Any, dtype: torch.dtype | None) -> Mapping[str, Tensor] | None:
+    """The plain layer's tensors after PEFT's merge on a copy in `dtype` (its own when None); None when it refuses."""
+    twin = copy.deepcopy(module)
+    if dtype is not None:
+        twin = twin.to(dtype)
+    twin.eval()
+    try:
+        with torch.no_grad():
+            if hasattr(twin, "unload_and_optionally_merge_module"):
+                layer = twin.unload_and_optionally_merge_module(
+                    merge=True, safe_merge=False, adapter_names=None
+                )
+            else:
+                twin.merge(safe_merge=False)
+                layer = _plain_layer(twin)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
+        # each method refuses what it cannot do in its own way; the caller decides what that means
+        return None
+    return {key: value.detach() for key, value in _state(layer).items()}

@@ -1,0 +1,48 @@
+"""Greedy text of reference and merged model side by side; a divergence is explained, or it is a finding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merge_adapter.verify.findings import Finding, warning
+from merge_adapter.verify.outputs import Arms
+from merge_adapter.verify.separate import Merged
+
+
+def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Finding], dict[str, Any]]:
+    """The rows for the report, and a finding for each divergence that rounding does not explain.
+
+    Where the merged model chooses another token, the reference's logits of its first and second choice are compared with
+    the largest change of any logit that the once-rounded oracle showed on the probes: a smaller gap is a coin's toss.
+    """
+    assert arms.greedy is not None and merged.choices is not None
+    prompts, continuation, gaps = arms.greedy
+    noise = 2 * float((arms.oracle - arms.reference).abs().max())
+    written = merged.written if merged.written is not None else continuation
+    rows: list[dict[str, Any]] = []
+    findings: list[Finding] = []
+    for at in range(len(prompts)):
+        differs = (merged.choices[at] != continuation[at]).nonzero().flatten().tolist()
+        row: dict[str, Any] = {
+            "prompt": _text(tokenizer, prompts.ids[at]),
+            "reference": _text(tokenizer, continuation[at]),
+            "merged": _text(tokenizer, written[at]),
+            "base": _text(tokenizer, arms.base_written[at]) if arms.base_written is not None else None,
+            "equal_tokens": differs[0] if differs else int(continuation.shape[1]),
+        }
+        if differs:
+            gap = float(gaps[at, differs[0]])
+            row |= {"gap": float(f"{gap:.4g}"), "noise": float(f"{noise:.4g}"), "explained": gap <= noise}
+            if gap > noise:
+                text = (
+                    f"diverges after {differs[0]} tokens where the reference prefers its own choice by {gap:.3g} logits, "
+                    f"more than the rounding noise of {noise:.3g}"
+                )
+                findings.append(warning("greedy", f"continuation {at + 1}", text))
+        rows.append(row)
+    equal = sum(row["equal_tokens"] == int(continuation.shape[1]) for row in rows)
+    return findings, {"tokens": int(continuation.shape[1]), "equal": equal, "of": len(rows), "texts": rows}
+
+
+def _text(tokenizer: Any, ids: Any) -> str:
+    return tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist()))

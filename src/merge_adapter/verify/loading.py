@@ -1,0 +1,348 @@
+"""Base, base + adapter and merged model as transformers and PEFT themselves load them.
+
+Nothing here knows how names on the disk map to modules: transformers decides that for base and merged alike, and
+PEFT decides where an adapter goes. The gate compares what they made of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
+from merge_adapter.types import Adapter, Repository, Resolved
+from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
+
+PREFIX = "base_model.model."
+"""What PEFT puts before every module path in an adapter file."""
+
+
+class Kind(StrEnum):
+    """What a model answers with, and so how two of them are compared."""
+
+    CAUSAL = "causal-lm"
+    MASKED = "masked-lm"
+    SEQ2SEQ = "seq2seq-lm"
+    CLASSIFIER = "classifier"
+    TOKENS = "token-classifier"
+    SPANS = "question-answering"
+    EMBEDDING = "embedding"
+    VISION_TEXT = "image-text-to-text"
+
+
+AUTO_CLASS = {
+    Kind.CAUSAL: "AutoModelForCausalLM",
+    Kind.MASKED: "AutoModelForMaskedLM",
+    Kind.SEQ2SEQ: "AutoModelForSeq2SeqLM",
+    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
+    Kind.TOKENS: "AutoModelForTokenClassification",
+    Kind.SPANS: "AutoModelForQuestionAnswering",
+    Kind.EMBEDDING: "AutoModel",
+    Kind.VISION_TEXT: "AutoModelForImageTextToText",
+}
+
+_TASKS = {
+    "CAUSAL_LM": Kind.CAUSAL,
+    "SEQ_2_SEQ_LM": Kind.SEQ2SEQ,
+    "SEQ_CLS": Kind.CLASSIFIER,
+    "TOKEN_CLS": Kind.TOKENS,
+    "QUESTION_ANS": Kind.SPANS,
+    "FEATURE_EXTRACTION": Kind.EMBEDDING,
+}
+
+_HEADS = ("score", "classifier", "classifier.out_proj", "qa_outputs", "logits_proj")
+"""Final layers whose number of rows is the number of labels, over transformers' architectures."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The tensors of an adapter file under the names it gives them."""
+
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+
+    def module(self, path: str, leaf: str) -> Tensor | None:
+        """The tensor the file stores as `base_model.model.PATH.LEAF`; None when there is none."""
+        return self.tensors.get(f"{PREFIX}{path}.{leaf}")
+
+
+@dataclass
+class Loaded:
+    """A model with what its loading said."""
+
+    model: Any
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+    """Warnings raised on the way, as text."""
+
+
+def read_adapter(adapter: Adapter) -> AdapterFile:
+    """The adapter's tensors, safetensors before pickle. Raises NotFoundError or MalformedError."""
+    repository = adapter.repository
+    for name in (ADAPTER_SAFETENSORS, ADAPTER_PICKLED):
+        if name in repository.files:
+            path = repository.local(name)
+            with Checkpoint(path.parent, [path.name]) as held:
+                return AdapterFile(adapter, {key: held[key].clone() for key in held.tensors})
+    raise NotFoundError(
+        f"{repository.origin} holds neither {ADAPTER_SAFETENSORS} nor {ADAPTER_PICKLED}",
+        hint="Check that this is an adapter repository and that its weights were pushed.",
+    )
+
+
+def base_layout(repository: Repository) -> Layout:
+    """Which weight files the base loads from."""
+    return layout(repository.files, lambda name: repository.read(name))
+
+
+def base_folder(repository: Repository, weights: Layout) -> Path:
+    """A local folder with the base's configs, code, tokenizer and the weights in use, and no other weights."""
+    heavy = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
+    wanted = set(weights.files) | ({weights.index} if weights.index else set())
+    wanted |= {path for path in repository.files if not path.endswith(heavy) and not path.startswith(".")}
+    return repository.folder(sorted(wanted))
+
+
+def kind_of(sources: Resolved) -> Kind:
+    """What the adapted model answers with, from the adapter's task type, else from the base's architecture."""
+    task = sources.adapter.config.get("task_type")
+    architecture = _architecture(sources.base.config)
+    encoder_decoder = bool(sources.base.config.get("is_encoder_decoder"))
+    kind = _TASKS.get(task) if isinstance(task, str) else None
+    if (
+        kind in (None, Kind.CAUSAL)
+        and architecture.endswith("ForConditionalGeneration")
+        and not encoder_decoder
+    ):
+        return Kind.VISION_TEXT
+    if kind is not None:
+        return kind
+    for suffix, found in (
+        ("ForCausalLM", Kind.CAUSAL),
+        ("LMHeadModel", Kind.CAUSAL),
+        ("ForMaskedLM", Kind.MASKED),
+        ("ForSequenceClassification", Kind.CLASSIFIER),
+        ("ForTokenClassification", Kind.TOKENS),
+        ("ForQuestionAnswering", Kind.SPANS),
+        ("ForConditionalGeneration", Kind.SEQ2SEQ),
+    ):
+        if architecture.endswith(suffix):
+            return found
+    return Kind.EMBEDDING
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+def stored_dtype(held: Checkpoint) -> torch.dtype:
+    """The dtype that loads every floating-point tensor without loss: the one in use, or the widest of several."""
+    found = held.float_dtypes
+    if len(found) == 1:
+        return next(iter(found))
+    return torch.float64 if torch.float64 in found else torch.float32
+
+
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """Keep what the libraries would print, their progress bars and warnings, off the terminal; collect the warnings."""
+    from transformers.utils import logging
+
+    said: list[str] = []
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    said.extend(dict.fromkeys(str(entry.message) for entry in caught))
+
+
+def load_model(
+    folder: Path,
+    kind: Kind,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    config_changes: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """The model in `folder` as plain transformers loads it for `kind`, on the CPU, weights mapped from the disk.
+
+    Heads the folder does not hold are made anew, and listed as missing. Raises BaseModelError when transformers
+    cannot load it at all.
+    """
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASS[kind])
+    changes = dict(config_changes or {})
+    with _recorded() as said:
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            for key, value in changes.items():
+                setattr(config, key, value)
+            model, info = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
+            raise BaseModelError(
+                f"transformers cannot load {folder.name} as {auto.__name__}: {error}"
+            ) from error
+    model.eval()
+    errors = info.get("error_msgs") or []
+    if isinstance(errors, str):
+        errors = [errors]
+    return Loaded(
+        model,
+        missing=tuple(sorted(map(str, info.get("missing_keys", ())))),
+        unexpected=tuple(sorted(map(str, info.get("unexpected_keys", ())))),
+        mismatched=tuple(sorted(_first(entry) for entry in info.get("mismatched_keys", ()))),
+        errors=tuple(map(str, errors)),
+        said=tuple(said),
+    )
+
+
+def _first(entry: Any) -> str:
+    return str(entry[0]) if isinstance(entry, tuple | list) else str(entry)
+
+
+def labels_of(adapters: tuple[AdapterFile, ...]) -> int | None:
+    """The number of labels of a head that the adapters carry; None when they carry none."""
+    for file in adapters:
+        for head in _HEADS:
+            for key in (f"{PREFIX}{head}.weight", f"{PREFIX}{head}.modules_to_save.weight"):
+                tensor = file.tensors.get(key)
+                if tensor is not None and tensor.ndim == 2:
+                    return int(tensor.shape[0])
+    return None
+
+
+def load_base(
+    folder: Path,
+    kind: Kind,
+    adapters: tuple[AdapterFile, ...],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Loaded:
+    """The base with its head and vocabulary sized as the adapters need them."""
+    labels = labels_of(adapters) if kind in (Kind.CLASSIFIER, Kind.TOKENS) else None
+    changes = {"num_labels": labels} if labels is not None else None
+    base = load_model(folder, kind, dtype=dtype, trust_remote_code=trust_remote_code, config_changes=changes)
+    _fit_vocabulary(base.model, adapters)
+    return base
+
+
+def _fit_vocabulary(model: Any, adapters: tuple[AdapterFile, ...]) -> None:
+    """Give the embeddings the number of rows of an embedding that an adapter carries whole."""
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    for file in adapters:
+        for name in names:
+            for leaf in ("weight", "base_layer.weight", "modules_to_save.weight"):
+                tensor = file.module(name, leaf)
+                if tensor is not None and tensor.ndim == 2 and tensor.shape[0] != embedding.weight.shape[0]:
+                    model.resize_token_embeddings(int(tensor.shape[0]), mean_resizing=False)
+                    return
+
+
+def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loaded:
+    """PEFT's own model over `base`, every adapter active, unmerged. `base` is changed in place.
+
+    Raises MethodError when PEFT refuses the adapter.
+    """
+    from peft import PeftModel
+
+    names = tuple("default" if not at else f"adapter_{at}" for at in range(len(files)))
+    missing: list[str] = []
+    unexpected: list[str] = []
+    with _recorded() as said:
+        try:
+            model: Any = None
+            for name, file in zip(names, files, strict=True):
+                folder = adapter_folder(file.adapter.repository)
+                if model is None:
+                    model = PeftModel.from_pretrained(base, folder, adapter_name=name, torch_device="cpu")
+                # loading by name once more returns what from_pretrained keeps to itself: the keys that matched nothing
+                result = model.load_adapter(folder, adapter_name=name, torch_device="cpu")
+                missing += map(str, result.missing_keys)
+                unexpected += map(str, result.unexpected_keys)
+            if len(names) > 1:
+                model.base_model.set_adapter(list(names))
+                _weigh(model, names, sources)
+        except (
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            OSError,
+        ) as error:
+            raise MethodError(f"PEFT cannot put this adapter on its base: {error}") from error
+    model.eval()
+    return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
+
+
+def _weigh(model: Any, names: tuple[str, ...], sources: Resolved) -> None:
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            for name, adapter in zip(names, sources.adapters, strict=True):
+                if name in scaling:
+                    scaling[name] *= adapter.weight
+
+
+def adapter_folder(repository: Repository) -> Path:
+    """A local folder with the adapter's config and weights."""
+    wanted = [
+        name
+        for name in ("adapter_config.json", ADAPTER_SAFETENSORS, ADAPTER_PICKLED)
+        if name in repository.files
+    ]
+    if "adapter_config.json" not in wanted:
+        raise NotFoundError(f"{repository.origin} holds no adapter_config.json")
+    return repository.folder(wanted)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises MalformedError when it holds anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MalformedError(f"{path.name} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise MalformedError(f"{path.name} holds no JSON object")
+    return document
+
+
+def inner(model: Any) -> nn.Module:
+    """The transformers model inside a PEFT model, its adapted layers still in place."""
+    module = model.base_model.model
+    assert isinstance(module, nn.Module)
+    return module

@@ -1,0 +1,47 @@
+"""What a user can choose about a verification. Light: importing this loads no model library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_adapter.types import DType
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """Equal settings, sources and merged files give the same verdict and the same numbers on one machine."""
+
+    dtype: DType = DType.AUTO
+    """The dtype the merge was asked for. AUTO: the merged tensors must keep the base's; a merge that narrowed
+    them unasked fails."""
+    probe_tokens: int | None = None
+    """Tokens that every arm of the output part reads. None: 512 on a CPU, 2048 on a GPU."""
+    probes: Path | None = None
+    """A text file of the user's own probe documents, separated by blank lines, or JSON lines with a `text` or
+    `messages` key each; judged in addition to the ones that ship with the package."""
+    greedy_tokens: int = 24
+    """Length of the greedy continuations, 0 for none."""
+    greedy_prompts: int = 4
+    """How many documents are continued."""
+    outputs: bool = True
+    """False judges files, weights and modules only; the verdict can then be no better than inconclusive."""
+    full_mutants: bool = False
+    """True runs every injected fault through the modules and outputs parts too, not the weights part alone."""
+    device: str = "cpu"
+    """Where the output part computes: `cpu`, `cuda`, `cuda:N`."""
+    trust_remote_code: bool = False
+    """Run the modelling code that the base repository carries."""
+    seed: int = 0
+    """Of the random vectors, token ids, bootstrap and injected faults."""
+    confidence: float = 0.99
+    """One-sided level of the bootstrap bounds in the output part."""
+    timeout: float = 3600.0
+    """Seconds after which the process that runs the merged model is stopped."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of probe tokens in force."""
+        if self.probe_tokens is not None:
+            return self.probe_tokens
+        return 512 if self.device == "cpu" else 2048

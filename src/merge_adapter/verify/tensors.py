@@ -1,0 +1,190 @@
+"""The weights part: every parameter and buffer of the merged model in memory, judged and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from merge_adapter.types import Progress, Resolved
+from merge_adapter.verify.diagnosis import Clues, explain
+from merge_adapter.verify.expectations import Expectations
+from merge_adapter.verify.findings import Finding, fault, note, warning
+from merge_adapter.verify.oracle import Replaced, Update
+from merge_adapter.verify.recipe import recipe
+from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
+
+RETAINED = 0.9
+"""Part of an update below which a person is told that the dtype swallowed the rest."""
+
+
+@dataclass(frozen=True)
+class WeightsPart:
+    """What the weights part found."""
+
+    tensors: tuple[TensorEvidence, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> tuple[TensorEvidence, ...]:
+        """Tensors that are not what they must be."""
+        return tuple(entry for entry in self.tensors if entry.agreement is Agreement.WRONG)
+
+    @property
+    def exact(self) -> bool:
+        """True when every tensor is bit for bit the once-rounded oracle."""
+        return not self.findings_fatal and all(entry.agreement is Agreement.EXACT for entry in self.tensors)
+
+    @property
+    def findings_fatal(self) -> bool:
+        """True when tensors are missing or misshapen."""
+        return any(finding.weight.name == "FAULT" for finding in self.findings)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, ties under each of their names, and every persistent buffer."""
+    found = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{path}.{leaf}" if path else leaf] = buffer.detach()
+    return found
+
+
+def judge_tensors(
+    expected: Expectations, merged: nn.Module, sources: Resolved, progress: Progress
+) -> WeightsPart:
+    """Compare every tensor of `merged` with what `expected` says of it."""
+    held = named_tensors(merged)
+    findings = list(_key_set(expected, held))
+    lookup = _Lookup(expected)
+    tensors: list[TensorEvidence] = []
+    total = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    with progress.task("Comparing weights", total) as task:
+        for name, tensor in held.items():
+            judged = _judge(name, tensor, expected, sources, lookup)
+            if isinstance(judged, Finding):
+                findings.append(judged)
+            elif judged is not None:
+                tensors.append(judged)
+            task.advance(tensor.numel() * tensor.element_size())
+    findings += [_as_finding(entry) for entry in tensors if entry.agreement is Agreement.WRONG]
+    findings += _remarks(tensors)
+    return WeightsPart(tuple(tensors), tuple(findings))
+
+
+def _key_set(expected: Expectations, held: Mapping[str, Tensor]) -> Iterator[Finding]:
+    wanted = set(expected.plain) | set(expected.updates)
+    for name in sorted(wanted - set(held)):
+        yield fault("weights", name, "the merged model has no such tensor")
+    for name in sorted(set(held) - wanted):
+        yield fault("weights", name, "belongs to neither base nor adapter")
+
+
+def _judge(
+    name: str, tensor: Tensor, expected: Expectations, sources: Resolved, lookup: _Lookup
+) -> TensorEvidence | Finding | None:
+    update = expected.updates.get(name)
+    base = expected.plain.get(name) if update is None else update.base
+    if base is None:
+        return None
+    if tensor.shape != base.shape:
+        turned = tensor.ndim == 2 and tensor.shape == base.T.shape
+        text = f"has shape {tuple(tensor.shape)}, expected {tuple(base.shape)}"
+        return fault("weights", name, f"transposed: {text}" if turned else text)
+    if update is None:
+        evidence = judge_kept(name, tensor, base)
+    else:
+        evidence = judge_update(
+            name, tensor, update, kind="replaced" if isinstance(update, Replaced) else "update"
+        )
+    if evidence.agreement is not Agreement.WRONG:
+        return evidence
+    return explain(evidence, tensor, update, base, clues(sources, name), lookup.alike(tuple(tensor.shape)))
+
+
+def clues(sources: Resolved, name: str) -> Clues:
+    """What the adapter's config says of the module that holds `name`."""
+    if sources.adapter.method != "LORA":
+        return Clues()
+    numbers = recipe(sources.adapter.config, name.rpartition(".")[0])
+    return Clues(numbers.rank, numbers.rslora, numbers.dora)
+
+
+class _Lookup:
+    """What the model's tensors of one shape should hold, for naming content found in the wrong place."""
+
+    def __init__(self, expected: Expectations) -> None:
+        self._by_shape: dict[tuple[int, ...], dict[str, Callable[[], Tensor]]] = {}
+        for name, tensor in expected.plain.items():
+            self._by_shape.setdefault(tuple(tensor.shape), {})[name] = lambda tensor=tensor: tensor
+        for name, update in expected.updates.items():
+            self._by_shape.setdefault(tuple(update.shape), {})[name] = lambda update=update: _whole(update)
+
+    def alike(self, shape: tuple[int, ...]) -> Mapping[str, Callable[[], Tensor]]:
+        return self._by_shape.get(shape, {})
+
+
+def _whole(update: Update) -> Tensor:
+    # the first rows tell one tensor from another; the base is enough, updates are small beside it
+    return update.value if isinstance(update, Replaced) else update.base
+
+
+def _as_finding(evidence: TensorEvidence) -> Finding:
+    return fault("weights", evidence.name.removesuffix(".weight"), evidence.diagnosis)
+
+
+def _remarks(tensors: Sequence[TensorEvidence]) -> Iterator[Finding]:
+    updates = [entry for entry in tensors if entry.kind == "update" and entry.retained is not None]
+    low = [entry for entry in updates if (entry.retained or 0.0) < RETAINED]
+    if low:
+        worst = min(low, key=lambda entry: entry.retained or 0.0)
+        better = {"bfloat16": "float16 or float32", "float16": "float32"}.get(worst.dtype, "a wider dtype")
+        text = (
+            f"{worst.dtype} kept less than {RETAINED:.0%} of the update in {len(low)} of {len(updates)} tensors "
+            f"({worst.retained or 0.0:.0%} here); {better} would keep it"
+        )
+        yield warning("weights", worst.name.removesuffix(".weight"), text)
+    cast = [entry for entry in tensors if entry.agreement is Agreement.CAST_FIRST]
+    if cast:
+        text = f"the update was rounded to 16 bit before it was added in {len(cast)} tensors: a rounding, not an error"
+        yield note("weights", "", text)
+    if not updates and not any(entry.kind == "replaced" for entry in tensors):
+        yield fault("weights", "", "the adapter changes no tensor of this model")
+
+
+def total_effect(tensors: Sequence[TensorEvidence]) -> float:
+    """The median of |D| / |W| over the updated tensors; 0 when there are none."""
+    found = sorted(
+        entry.effect for entry in tensors if entry.kind == "update" and entry.effect < float("inf")
+    )
+    return found[len(found) // 2] if found else 0.0
+
+
+def evidence_of(entry: TensorEvidence) -> dict[str, Any]:
+    """One tensor for merge_report.json; numbers rounded to what they can mean."""
+    raw = {
+        "name": entry.name,
+        "kind": entry.kind,
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "agreement": str(entry.agreement),
+        "differing_share": _short(entry.share_differing),
+        "wrong": entry.wrong,
+        "worst_error": _short(entry.worst),
+        "effect": _short(entry.effect),
+        "alpha": _short(entry.alpha),
+        "retained": _short(entry.retained),
+        "residual": _short(entry.residual),
+        "oracle": entry.oracle,
+        "diagnosis": entry.diagnosis,
+    }
+    return {key: value for key, value in raw.items() if value not in (None, "")}
+
+
+def _short(value: float | None) -> float | None:
+    if value is None or value != value or value in (float("inf"), float("-inf")):
+        return None
+    return float(f"{value:.4g}")

@@ -1,0 +1,106 @@
+"""Tokenizer and chat template of the merged repository against those the adapter was trained with.
+
+`survey` writes down everything a tokenizer does to the probes; the merged one is surveyed in its own process, the expected
+one here, and two surveys are compared field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_adapter.verify.findings import Finding, fault, warning
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def survey(
+    folder: Path, texts: Sequence[str], conversations: Sequence[Any], *, trust: bool
+) -> dict[str, Any]:
+    """What the tokenizer in `folder` does to the probes; `{"error": …}` when it cannot be loaded. JSON-ready."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust, local_files_only=True
+        )
+    except Exception as error:  # noqa: BLE001 - tokenizers fail in every way there is; all of them mean "not there"
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    encoded = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
+    return {
+        "size": len(tokenizer),
+        "special": {name: _text(getattr(tokenizer, name, None)) for name in _SPECIAL},
+        "special_ids": sorted(map(int, tokenizer.all_special_ids)),
+        "max_length": _length(tokenizer.model_max_length),
+        "padding_side": tokenizer.padding_side,
+        "encoded": encoded,
+        "decoded": [tokenizer.decode(ids) for ids in encoded],
+        "template": bool(getattr(tokenizer, "chat_template", None)),
+        "rendered": [_render(tokenizer, turns) for turns in conversations],
+    }
+
+
+def _text(token: Any) -> str | None:
+    return None if token is None else str(token)
+
+
+def _length(value: Any) -> int | None:
+    # transformers writes "none" as an integer of thirty digits
+    return int(value) if isinstance(value, int | float) and value < 1e12 else None
+
+
+def _render(tokenizer: Any, turns: Any) -> str | None:
+    """The conversation as the template renders it, the error's kind when it refuses; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # noqa: BLE001 - templates are code, and raise what they like
+        return f"<{type(error).__name__}>"
+
+
+def judge_tokenizer(
+    merged: Mapping[str, Any], expected: Mapping[str, Any], *, embeddings: int | None
+) -> Iterable[Finding]:
+    """Two surveys side by side; `embeddings` is the merged model's number of input embeddings."""
+    part = "tokenizer"
+    if "error" in expected:
+        yield warning(part, "", f"the tokenizer of adapter or base cannot be loaded: {expected['error']}")
+        return
+    if "error" in merged or not merged:
+        text = merged.get("error", "it was not surveyed")
+        yield fault(part, "", f"the merged repository's tokenizer cannot be loaded: {text}")
+        return
+    pairs = list(zip(merged["encoded"], expected["encoded"], strict=True))
+    differing = sum(left != right for left, right in pairs)
+    if differing:
+        yield fault(part, "", f"encodes {differing} of {len(pairs)} probes differently")
+    elif merged["decoded"] != expected["decoded"]:
+        yield fault(part, "", "decodes the probes differently")
+    for name in _SPECIAL:
+        if merged["special"][name] != expected["special"][name]:
+            text = f"is {merged['special'][name]!r}, expected {expected['special'][name]!r}"
+            yield fault(part, name, text)
+    if merged["size"] != expected["size"]:
+        yield fault(part, "", f"has {merged['size']:,} tokens, expected {expected['size']:,}")
+    yield from _template(merged, expected)
+    highest = max((max(ids) for ids in merged["encoded"] if ids), default=0)
+    if embeddings is not None and highest >= embeddings:
+        yield fault(part, "", f"gives token id {highest:,}, the model has {embeddings:,} embeddings")
+    elif embeddings is not None and merged["size"] > embeddings:
+        yield warning(part, "", f"names {merged['size']:,} tokens, the model has {embeddings:,} embeddings")
+    for name in ("max_length", "padding_side"):
+        if merged[name] != expected[name]:
+            yield warning(part, name, f"is {merged[name]!r}, expected {expected[name]!r}")
+
+
+def _template(merged: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterable[Finding]:
+    if merged["template"] != expected["template"]:
+        text = "is missing" if expected["template"] else "is there though adapter and base have none"
+        yield fault("tokenizer", "chat template", text)
+        return
+    differing = sum(l != r for l, r in zip(merged["rendered"], expected["rendered"], strict=True))
+    if differing:
+        text = f"renders {differing} of {len(expected['rendered'])} conversations differently"
+        yield fault("tokenizer", "chat template", text)
