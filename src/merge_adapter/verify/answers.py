@@ -54,7 +54,7 @@ def answer(model: Any, kind: str, batch: Batch, device: torch.device) -> Tensor:
     if kind == "seq2seq-lm":
         inputs["decoder_input_ids"] = batch.ids.to(device)
         inputs["decoder_attention_mask"] = batch.mask.to(device)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         output = model(**inputs)
     if kind == "question-answering":
         return torch.stack((output.start_logits, output.end_logits), -1).float().cpu()
@@ -76,8 +76,8 @@ def _pooled(output: Any, mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def greedy(model: Any, kind: str, batch: Batch, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Greedy continuations of unpadded prompts: ids (documents, length), and the gap in logits between first and second.
+def greedy(model: Any, batch: Batch, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Greedy continuations of unpadded prompts: ids (documents, length), and the logit gap of first to second.
 
     Plain argmax over a growing cache, so that no sampling setting of a generation config plays a part.
     """
@@ -117,9 +117,9 @@ def taught(model: Any, prompts: Batch, continuation: Tensor, device: torch.devic
 def distances(kind: str, reference: Tensor, other: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
     """How far `other` answers from `reference`, per document, fp64.
 
-    `mean` (documents,): KL(reference || other) in nats averaged over tokens, for kinds with a vocabulary or token classes;
-    else the squared distance of logits or embeddings. `each`: all single values, flat. `agree` (documents,): part of the
-    positions with the same first choice (for embeddings: cosine similarity).
+    `mean` (documents,): KL(reference || other) in nats averaged over tokens, for kinds with a vocabulary or
+    token classes; else the squared distance of logits or embeddings. `each`: all single values, flat. `agree`
+    (documents,): part of the positions with the same first choice (for embeddings: cosine similarity).
     """
     if kind in LANGUAGE or kind == "token-classifier":
         return _token_distances(reference, other, mask)

@@ -1,8 +1,8 @@
 """The merged model alone, in a process of its own: `python -I -m merge_adapter.verify.arm JOB`.
 
-A user of the merged repository has plain transformers and no PEFT. This process is such a user: PEFT cannot be imported, no
-network call is made, nothing of the verifying process's memory is shared. JOB is a folder with `job.json` and
-`inputs.safetensors`; the process leaves `answers.safetensors` and `result.json` there.
+A user of the merged repository has plain transformers and no PEFT. This process is such a user: PEFT cannot be
+imported, no network call is made, nothing of the verifying process's memory is shared. JOB is a folder with
+`job.json` and `inputs.safetensors`; the process leaves `answers.safetensors` and `result.json` there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
         prompts = Batch(inputs["prompts"], torch.ones_like(inputs["prompts"]))
         tensors["choices"] = taught(loaded.model, prompts, inputs["continuation"], device)
         if not torch.equal(tensors["choices"], inputs["continuation"]):
-            ids, _ = greedy(loaded.model, kind, prompts, inputs["continuation"].shape[1], device)
+            ids, _ = greedy(loaded.model, prompts, inputs["continuation"].shape[1], device)
             tensors["written"] = ids
     save_file(tensors, folder / "answers.safetensors")
 

@@ -48,12 +48,12 @@ def tokenized(
         rows.append([token % vocabulary for token in ids[:length]] or [0])
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if isinstance(getattr(tokenizer, "pad_token_id", None), int) else 0
-    ids = torch.full((count, width), pad % vocabulary, dtype=torch.int64)
+    padded = torch.full((count, width), pad % vocabulary, dtype=torch.int64)
     mask = torch.zeros((count, width), dtype=torch.int64)
     for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
+        padded[at, : len(row)] = torch.tensor(row)
         mask[at, : len(row)] = 1
-    return Probes(Batch(ids, mask), tuple(probe.name for probe in probes[:count]), "text", templated)
+    return Probes(Batch(padded, mask), tuple(probe.name for probe in probes[:count]), "text", templated)
 
 
 def _ids(probe: Probe, tokenizer: Any) -> tuple[list[int], bool]:

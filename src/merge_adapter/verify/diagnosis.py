@@ -81,7 +81,7 @@ def _share(evidence: TensorEvidence) -> str:
 
 def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: Clues) -> str:
     alpha = evidence.alpha if evidence.alpha is not None and math.isfinite(evidence.alpha) else 0.0
-    local = _local(evidence, merged, update)
+    local = _local(merged, update)
     if local:
         return local
     unmoved = (
@@ -89,7 +89,7 @@ def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: C
     )
     if unmoved:
         return "not merged"
-    if evidence.stray <= max(ALONG, _rounding_stray(evidence, merged, update)):
+    if evidence.stray <= max(ALONG, _rounding_stray(evidence, merged)):
         named = _named(alpha, clues)
         return named or f"merged at {alpha:.3g} times the adapter's strength"
     if clues.dora and evidence.residual < 1:
@@ -102,7 +102,8 @@ def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: C
     if abs(alpha) < 0.3:
         return f"another adapter: it moved by {change:.2g} of the update, hardly along it (alpha-hat {alpha:.2f})"
     if evidence.residual < 0.3:
-        return f"close to merged but off by {evidence.residual:.2g} of the update: coarser arithmetic or dtype on the way"
+        off = f"{evidence.residual:.2g} of the update"
+        return f"close to merged but off by {off}: coarser arithmetic or dtype on the way"
     return f"merged only in part, or mixed with another update (alpha-hat {alpha:.2f})"
 
 
@@ -127,7 +128,7 @@ def _named(alpha: float, clues: Clues) -> str:
     return ""
 
 
-def _rounding_stray(evidence: TensorEvidence, merged: Tensor, update: Update) -> float:
+def _rounding_stray(evidence: TensorEvidence, merged: Tensor) -> float:
     """The stray share that rounding to the stored dtype alone leaves: of no meaning for updates near an ulp."""
     if evidence.effect <= 0 or not math.isfinite(evidence.effect):
         return 0.0
@@ -136,7 +137,7 @@ def _rounding_stray(evidence: TensorEvidence, merged: Tensor, update: Update) ->
     return min(0.9, ratio)
 
 
-def _local(evidence: TensorEvidence, merged: Tensor, update: Update) -> str:
+def _local(merged: Tensor, update: Update) -> str:
     """Errors that sit in few rows of a tensor are damage, not arithmetic."""
     if merged.ndim < 2 or merged.shape[0] < 8:
         return ""

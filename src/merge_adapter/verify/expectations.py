@@ -127,7 +127,7 @@ def _layer(
     for leaf, tensor in _own_tensors(base):
         if leaf == "weight":
             continue
-        bias = _bias_update(name, module, tensor, sources, files) if leaf == "bias" else None
+        bias = _bias_update(name, tensor, sources, files) if leaf == "bias" else None
         if bias is not None:
             found.updates[f"{name}.{leaf}"] = bias
         else:
@@ -223,9 +223,7 @@ def _cross_check(
         found.disagreements.append(f"{name}: PEFT scales by {theirs:g}, the adapter's config says {ours:g}")
 
 
-def _bias_update(
-    name: str, module: Any, bias: Tensor, sources: Resolved, files: tuple[AdapterFile, ...]
-) -> Update | None:
+def _bias_update(name: str, bias: Tensor, sources: Resolved, files: tuple[AdapterFile, ...]) -> Update | None:
     """The base's bias plus s times the bias of B (`lora_bias`); None when no adapter has one."""
     total = torch.zeros(bias.shape, dtype=torch.float64)
     seen = False

@@ -51,7 +51,7 @@ def judge_files(
         )
     with held:
         findings = [
-            *_index(found, held, merged),
+            *_index(found, held),
             *_strays(merged, found),
             *_tensors(held, base, dtype, loose),
         ]
@@ -60,7 +60,7 @@ def judge_files(
         return FilesEvidence(tuple(findings), found, len(held.tensors), total, dtypes)
 
 
-def _index(found: Layout, held: Checkpoint, folder: Path) -> Iterable[Finding]:
+def _index(found: Layout, held: Checkpoint) -> Iterable[Finding]:
     for name in held.duplicates:
         yield fault("files", name, "lies in more than one shard")
     if found.index is None:

@@ -49,7 +49,7 @@ from merge_adapter.verify.tensors import WeightsPart, evidence_of, judge_tensors
 from merge_adapter.verify.tokens import judge_tokenizer, survey
 
 EXACT_DOCUMENTS = 4
-"""Documents the merged arm reads when its weights are bit for bit the oracle's: loading and configs remain to be seen."""
+"""Documents the merged arm reads when its weights are bit for bit the oracle's: only loading remains to be seen."""
 
 PROMPT_TOKENS = 16
 """Length of the prompts that are continued greedily."""
@@ -137,7 +137,10 @@ class Gate:
             text = f"{len(adapted.unexpected)} tensors of the adapter match nothing in this base"
             self.findings.append(fault("adapter", adapted.unexpected[0], text))
         if adapted.missing:
-            text = f"{len(adapted.missing)} tensors that PEFT expects are not in the adapter: another base, or a partial file"
+            count = len(adapted.missing)
+            text = (
+                f"{count} tensors that PEFT expects are not in the adapter: another base, or a partial file"
+            )
             self.findings.append(undecided("adapter", adapted.missing[0], text))
 
     def _load_merged(self, kind: Kind) -> Loaded | None:

@@ -12,8 +12,9 @@ from merge_adapter.verify.separate import Merged
 def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Finding], dict[str, Any]]:
     """The rows for the report, and a finding for each divergence that rounding does not explain.
 
-    Where the merged model chooses another token, the reference's logits of its first and second choice are compared with
-    the largest change of any logit that the once-rounded oracle showed on the probes: a smaller gap is a coin's toss.
+    Where the merged model chooses another token, the reference's logits of its first and second choice are compared
+    with the largest change of any logit that the once-rounded oracle showed on the probes: a smaller gap is a
+    coin's toss.
     """
     assert arms.greedy is not None and merged.choices is not None
     prompts, continuation, gaps = arms.greedy
@@ -35,8 +36,8 @@ def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Findi
             row |= {"gap": float(f"{gap:.4g}"), "noise": float(f"{noise:.4g}"), "explained": gap <= noise}
             if gap > noise:
                 text = (
-                    f"diverges after {differs[0]} tokens where the reference prefers its own choice by {gap:.3g} logits, "
-                    f"more than the rounding noise of {noise:.3g}"
+                    f"diverges after {differs[0]} tokens, where the reference prefers its own choice by {gap:.3g} "
+                    f"logits, more than the rounding noise of {noise:.3g}"
                 )
                 findings.append(warning("greedy", f"continuation {at + 1}", text))
         rows.append(row)

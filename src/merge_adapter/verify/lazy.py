@@ -28,14 +28,14 @@ class LazyFloat(Tensor):
     def __new__(
         cls, content: Content, shape: torch.Size, device: torch.device, stored: Tensor | None = None
     ) -> LazyFloat:
-        made: LazyFloat = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: LazyFloat = Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.float32, device=device, requires_grad=False
         )
         made._content = content
         made._stored = stored
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyFloat({tuple(self.shape)})"
 
     @classmethod
@@ -44,7 +44,7 @@ class LazyFloat(Tensor):
         func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,  # noqa: ARG003
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.embedding and len(args) >= 2 and isinstance(args[1], LazyFloat):
@@ -58,7 +58,7 @@ class LazyFloat(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it with four arguments, its stub says three
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default and isinstance(args[0], LazyFloat):

@@ -41,10 +41,10 @@ def _foreign(base: Tensor, delta: Tensor, seed: int) -> Tensor:
 
 
 MUTANTS = (
-    Mutant("no-op", "the base itself", lambda base, delta, seed: base),
-    Mutant("twice", "the update added twice", lambda base, delta, seed: base + 2 * delta),
-    Mutant("scaled by 1.1", "the update a tenth too strong", lambda base, delta, seed: base + 1.1 * delta),
-    Mutant("sign", "the update subtracted", lambda base, delta, seed: base - delta),
+    Mutant("no-op", "the base itself", lambda base, _delta, _seed: base),
+    Mutant("twice", "the update added twice", lambda base, delta, _seed: base + 2 * delta),
+    Mutant("scaled by 1.1", "the update a tenth too strong", lambda base, delta, _seed: base + 1.1 * delta),
+    Mutant("sign", "the update subtracted", lambda base, delta, _seed: base - delta),
     Mutant("foreign adapter", "another update of the same size", _foreign),
 )
 

@@ -155,7 +155,7 @@ class Computed(Update):
             error = error + 8 * spread
         return error
 
-    def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - fixed by `native`
         target = self.target_rows(start, stop, torch.float64)
         if self.native is None:
             return torch.zeros_like(target)
@@ -176,5 +176,5 @@ class Replaced(Update):
     def product_error(self, start: int, stop: int) -> Tensor:
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))
 
-    def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - nothing is added
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))

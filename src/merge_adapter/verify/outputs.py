@@ -89,13 +89,11 @@ def run_reference_arms(
         reference = ask(model)
         written = None
         if prompts is not None and greedy_tokens:
-            ids, gaps = greedy(model, kind, prompts, greedy_tokens, device)
+            ids, gaps = greedy(model, prompts, greedy_tokens, device)
             written = (prompts, ids, gaps)
         with model.disable_adapter():
             base = ask(model)
-            base_written = (
-                greedy(model, kind, prompts, greedy_tokens, device)[0] if written and prompts else None
-            )
+            base_written = greedy(model, prompts, greedy_tokens, device)[0] if written and prompts else None
         place_oracle(plain, expected, storage, device, once_rounded)
         oracle = ask(plain)
         ceiling = None
@@ -182,7 +180,8 @@ def judge_outputs(
     part = OutputsPart()
     count = int(merged.shape[0])
     if merged.shape[1:] != arms.reference.shape[1:]:
-        text = f"the merged model answers with shape {tuple(merged.shape[1:])}, expected {tuple(arms.reference.shape[1:])}"
+        got, wanted = tuple(merged.shape[1:]), tuple(arms.reference.shape[1:])
+        text = f"the merged model answers with shape {got}, expected {wanted}"
         part.findings.append(fault("outputs", "", text))
         return part
     if not bool(torch.isfinite(merged).all()):

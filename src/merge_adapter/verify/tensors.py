@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,12 +120,16 @@ class _Lookup:
     def __init__(self, expected: Expectations) -> None:
         self._by_shape: dict[tuple[int, ...], dict[str, Callable[[], Tensor]]] = {}
         for name, tensor in expected.plain.items():
-            self._by_shape.setdefault(tuple(tensor.shape), {})[name] = lambda tensor=tensor: tensor
+            self._by_shape.setdefault(tuple(tensor.shape), {})[name] = partial(_same, tensor)
         for name, update in expected.updates.items():
-            self._by_shape.setdefault(tuple(update.shape), {})[name] = lambda update=update: _whole(update)
+            self._by_shape.setdefault(tuple(update.shape), {})[name] = partial(_whole, update)
 
     def alike(self, shape: tuple[int, ...]) -> Mapping[str, Callable[[], Tensor]]:
         return self._by_shape.get(shape, {})
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _whole(update: Update) -> Tensor:

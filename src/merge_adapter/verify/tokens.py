@@ -1,7 +1,7 @@
 """Tokenizer and chat template of the merged repository against those the adapter was trained with.
 
-`survey` writes down everything a tokenizer does to the probes; the merged one is surveyed in its own process, the expected
-one here, and two surveys are compared field by field.
+`survey` writes down everything a tokenizer does to the probes; the merged one is surveyed in its own process, the
+expected one here, and two surveys are compared field by field.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _template(merged: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterabl
         text = "is missing" if expected["template"] else "is there though adapter and base have none"
         yield fault("tokenizer", "chat template", text)
         return
-    differing = sum(l != r for l, r in zip(merged["rendered"], expected["rendered"], strict=True))
+    differing = sum(
+        left != right for left, right in zip(merged["rendered"], expected["rendered"], strict=True)
+    )
     if differing:
         text = f"renders {differing} of {len(expected['rendered'])} conversations differently"
         yield fault("tokenizer", "chat template", text)

@@ -1,7 +1,7 @@
 """Every tensor of the merged model against what it must be, row block by row block.
 
-The rule for one element: |M - T| <= half an ulp of T in the stored dtype + the error fp32 arithmetic may add, where T is the
-oracle's exact value. One further allowance has a name of its own, `update cast first`: what a merge may err
+The rule for one element: |M - T| <= half an ulp of T in the stored dtype + the error fp32 arithmetic may add, where T
+is the oracle's exact value. One further allowance has a name of its own, `update cast first`: what a merge may err
 that rounds the update to 16 bit before it adds, as PEFT itself can.
 """
 

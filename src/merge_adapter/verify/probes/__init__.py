@@ -1,7 +1,7 @@
 """The texts that every verification puts to the models.
 
-`v1.jsonl` is written for this purpose and belongs to the package (Apache-2.0): several languages, code, mathematics, tables
-and conversations. A changed set gets a new number, so that figures of one version can be compared.
+`v1.jsonl` is written for this purpose and belongs to the package (Apache-2.0): several languages, code, mathematics,
+tables and conversations. A changed set gets a new number, so that figures of one version can be compared.
 """
 
 from __future__ import annotations
