@@ -98,7 +98,7 @@ class ConvertedNames:
     def kind(self, module: str) -> ModuleKind:
         from transformers.pytorch_utils import Conv1D
 
-        found = self._module(module)
+        found = self.module(module)
         if isinstance(found, torch.nn.Linear):
             return ModuleKind.LINEAR
         if isinstance(found, Conv1D):
@@ -110,14 +110,15 @@ class ConvertedNames:
         return ModuleKind.OTHER
 
     def exists(self, module: str) -> bool | None:
-        return self._module(module) is not None
+        return self.module(module) is not None
 
     def modules(self) -> Iterable[str]:
         for name, module in self.model.named_modules():
             if next(iter(module.parameters(recurse=False)), None) is not None:
                 yield name
 
-    def _module(self, path: str) -> torch.nn.Module | None:
+    def module(self, path: str) -> torch.nn.Module | None:
+        """The module on the meta device."""
         try:
             return self.model.get_submodule(path)  # type: ignore[no-any-return]
         except AttributeError:

@@ -57,6 +57,13 @@ class DirectNames:
     def modules(self) -> Iterable[str]:
         return tuple(self._owners)
 
+    def module(self, path: str) -> Any | None:  # noqa: ARG002
+        return None
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return ()
+
     @cached_property
     def _owners(self) -> dict[str, None]:
         return dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
