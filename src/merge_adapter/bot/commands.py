@@ -1,0 +1,82 @@
+"""Commands in comments: `@bot merge --dtype bfloat16`, `@bot verify owner/merged`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, replace
+
+from merge_adapter.bot import choices
+from merge_adapter.bot.jobs import JobKind, JobOptions
+from merge_adapter.errors import InputError
+
+USAGE = (
+    "`merge [--base-model ID] [--base-revision REV] [--dtype DTYPE] [--strategy STRATEGY] [--target-repo ID] "
+    "[--license ID] [--private true] [--subfolder PATH]` or `verify OWNER/MERGED[@REVISION]`"
+)
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_LONGEST_LINE = 1000
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a comment asks for."""
+
+    kind: JobKind
+    options: JobOptions
+    subfolder: str = ""
+
+
+def find_command(text: str, name: str) -> Command | None:
+    """The first command to `@name` in a comment, outside of quotes and code; None when it is not addressed.
+
+    A mention without `merge` or `verify` behind it is talk about the bot. Raises InputError for a command that cannot
+    be understood.
+    """
+    mention = re.compile(rf"(?:^|\s)@{re.escape(name)}[:,]?\s+(merge|verify)\b(.*)$", re.IGNORECASE)
+    fenced = False
+    for line in text.splitlines():
+        if _FENCE.match(line):
+            fenced = not fenced
+        found = None if fenced or line.lstrip().startswith(">") else mention.search(line[:_LONGEST_LINE])
+        if found:
+            return _parse(JobKind(found[1].lower()), found[2])
+    return None
+
+
+def _parse(kind: JobKind, arguments: str) -> Command:
+    try:
+        words = shlex.split(arguments)
+    except ValueError as error:
+        raise InputError(f"the command cannot be read: {error}", hint=f"Write {USAGE}.") from error
+    chosen, positional = _sort(words)
+    subfolder = choices.subfolder(chosen.pop("subfolder", ""))
+    if kind is JobKind.MERGE:
+        if positional:
+            raise InputError(f"merge takes no {positional[0][:60]!r}", hint=f"Write {USAGE}.")
+        return Command(kind, choices.options_from(chosen), subfolder)
+    if len(positional) != 1:
+        raise InputError("verify takes the merged checkpoint to judge", hint=f"Write {USAGE}.")
+    merged, revision = choices.reference(positional[0], what="merged checkpoint")
+    for name in ("target_repo", "license", "private", "strategy"):
+        if name in chosen:
+            raise InputError(f"verify has no option {name.replace('_', '-')}", hint=f"Write {USAGE}.")
+    options = choices.options_from(chosen)
+    return Command(kind, replace(options, merged=f"{merged}@{revision}" if revision else merged), subfolder)
+
+
+def _sort(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--name value` and `--name=value` pairs, and the rest."""
+    chosen: dict[str, str] = {}
+    positional: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        if not word.startswith("--"):
+            positional.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        value = value if equals else next(waiting, "")
+        if not value or value.startswith("--"):
+            raise InputError(f"--{name[:40]} has no value", hint=f"Write {USAGE}.")
+        chosen[name.replace("-", "_")] = value
+    return chosen, positional

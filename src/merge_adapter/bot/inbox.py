@@ -1,0 +1,100 @@
+"""Webhook events on their way from the answer to the look-up.
+
+An event is stored before its webhook is answered, once per key however often it is delivered; what the
+look-up decided is stored together with the job it made, in one transaction.
+"""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from merge_adapter.bot.events import HubEvent, event_from_json, event_to_json
+from merge_adapter.bot.jobs import JobRequest
+from merge_adapter.bot.queue import Submission, submit_within
+from merge_adapter.bot.store import Store
+
+_LONGEST_WAIT = 300.0
+"""Seconds between two look-ups of one event while the Hub is away; it is never given up."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The event is on the disk."""
+
+    event_id: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """It was delivered before."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An event that waits for its look-up."""
+
+    id: int
+    event: HubEvent
+    failures: int
+
+
+class Inbox:
+    """Events in `store`, looked up by one server at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def put(self, event: HubEvent) -> Future[Stored | Known]:
+        """Store an event; the future is done when it is on the disk."""
+        now, body = self.store.clock(), event_to_json(event)
+
+        def work(db: sqlite3.Connection) -> Stored | Known:
+            row = db.execute(
+                "INSERT INTO events (key, repo_id, body, received, not_before, state) "
+                "VALUES (?, ?, ?, ?, ?, 'pending') ON CONFLICT (key) DO NOTHING RETURNING id",
+                (event.key, event.repo_id, body, now, now),
+            ).fetchone()
+            return Known() if row is None else Stored(row["id"])
+
+        return self.store.submit(work)
+
+    def due(self, limit: int = 64) -> list[Pending]:
+        """Events to look up now: of each repository the oldest one, so that they stay in order."""
+        rows = self.store.read(
+            "SELECT id, body, failures FROM events WHERE id IN "
+            "(SELECT min(id) FROM events WHERE state = 'pending' GROUP BY repo_id) AND not_before <= ? "
+            "ORDER BY id LIMIT ?",
+            (self.store.clock(), limit),
+        )
+        return [Pending(row["id"], event_from_json(row["body"]), row["failures"]) for row in rows]
+
+    def settle(self, pending: Pending, note: str, request: JobRequest | None = None) -> Submission | None:
+        """The look-up is over: store its result and the job it asks for, both or neither."""
+        now = self.store.clock()
+
+        def work(db: sqlite3.Connection) -> Submission | None:
+            db.execute("UPDATE events SET state = 'done', note = ? WHERE id = ?", (note, pending.id))
+            return None if request is None else submit_within(db, request, now)
+
+        return self.store.write(work)
+
+    def postpone(self, pending: Pending, note: str) -> None:
+        """The Hub could not be asked: look again later."""
+        wait = min(_LONGEST_WAIT, 2.0 ** min(pending.failures, 30)) * (1 + random.random() / 4)  # noqa: S311
+        moment = self.store.clock() + wait
+        self.store.write(
+            lambda db: (
+                db.execute(
+                    "UPDATE events SET failures = failures + 1, not_before = ?, note = ? WHERE id = ?",
+                    (moment, note, pending.id),
+                )
+                and None
+            )
+        )
+
+    def waiting(self) -> int:
+        """How many events wait for their look-up."""
+        return int(self.store.read("SELECT count(*) FROM events WHERE state = 'pending'")[0][0])

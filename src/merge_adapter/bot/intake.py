@@ -1,0 +1,234 @@
+"""From an event to a job: what the webhook said is looked up on the Hub, and only that counts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from merge_adapter.bot.answers import accepted_text, marker_of, refused_text
+from merge_adapter.bot.commands import Command, find_command
+from merge_adapter.bot.events import CommentEvent, PushEvent
+from merge_adapter.bot.inbox import Inbox, Pending
+from merge_adapter.bot.jobs import JobRequest, Reply, Source
+from merge_adapter.bot.logs import log
+from merge_adapter.bot.queue import Duplicate, OverLimit, Submission, Submitted
+from merge_adapter.bot.settings import BotSettings
+from merge_adapter.errors import InputError, MergeAdapterError, NotFoundError, PolicyError, RemoteError
+from merge_adapter.hub.conversations import Comment, members, read_comments, say_once
+from merge_adapter.hub.repository import HubRepository
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+    from merge_adapter.hub import Hub
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.")
+"""How the names begin of the files that make an adapter: a push that changes none of them is not one."""
+
+
+class Intake:
+    """Looks events up, one after the other, until `stop`."""
+
+    def __init__(self, inbox: Inbox, hub: Hub, settings: BotSettings) -> None:
+        self.inbox = inbox
+        self.hub = hub
+        self.settings = settings
+        self.wake = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="intake", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the event that is being looked up; the others wait in the store."""
+        self._stopped.set()
+        self.wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            self.wake.clear()
+            worked = 0
+            try:
+                worked = self.work_off()
+            except MergeAdapterError as error:  # the store failed; what waits in it is tried again
+                log("intake-failed", error=error.message)
+            if not worked:
+                self.wake.wait(1.0)
+
+    def work_off(self) -> int:
+        """Look up what is due now; how many events that were."""
+        due = self.inbox.due()
+        for pending in due:
+            if self._stopped.is_set():
+                break
+            self.handle(pending)
+        return len(due)
+
+    def handle(self, pending: Pending) -> None:
+        """Look one event up, and store what follows from it."""
+        event = pending.event
+        facts = {"key": event.key, "repo": event.repo_id}
+        try:
+            if isinstance(event, PushEvent):
+                note, request = self._push(event)
+                submission = self.inbox.settle(pending, note, request)
+                log("event", **facts, note=_told(note, submission))
+            else:
+                self._comment(pending, event)
+        except RemoteError as error:
+            self.inbox.postpone(pending, error.message)
+            log("event-postponed", **facts, error=error.message)
+        except (
+            InputError,
+            PolicyError,
+        ) as error:  # gone, gated, or not readable: asking again changes nothing
+            self.inbox.settle(pending, error.message)
+            log("event", **facts, note=error.message)
+        except MergeAdapterError as error:
+            self.inbox.settle(pending, error.message)
+            log("event-failed", **facts, error=error.message)
+
+    # ------------------------------------------------------------------------------------------ pushes
+
+    def _push(self, event: PushEvent) -> tuple[str, JobRequest | None]:
+        observed = self.inbox.store.clock()
+        head = self.hub.open(event.repo_id)
+        folder = adapter_folder(head.files)
+        if folder is None:
+            return "no adapter, or several, in the repository", None
+        if event.old_sha is not None and not self._changed(head, folder, event.old_sha):
+            return "the adapter itself did not change", None
+        return "an adapter was pushed", JobRequest(
+            adapter=head.repo_id,
+            revision=head.revision,
+            source=Source.WEBHOOK,
+            ref=event.ref,
+            subfolder=folder,
+            private=head.private,
+            observed=observed,
+        )
+
+    def _changed(self, head: HubRepository, folder: str, old_sha: str) -> bool:
+        """Whether files of the adapter differ between the old commit and the head."""
+        try:
+            old = self.hub.tree(head.repo_id, old_sha)
+        except NotFoundError:  # rewritten history, or a commit that never was
+            return True
+        return _blobs(old, folder) != _blobs(head.entries, folder)
+
+    # ---------------------------------------------------------------------------------------- comments
+
+    def _comment(self, pending: Pending, event: CommentEvent) -> None:
+        comment = self._read(event)
+        name = self.settings.name or self.hub.user
+        if comment is None or comment.author.lower() == self.hub.user.lower():
+            self.inbox.settle(pending, "the comment is gone or the bot's own")
+            return
+        try:
+            command = find_command(comment.text, name)
+            if command is None:
+                self.inbox.settle(pending, "no command in the comment")
+                return
+            request = self._commanded(event, comment, command)
+        except (InputError, PolicyError) as error:
+            self._say(event, refused_text(error, comment.author), f"{event.comment_id}-refused")
+            self.inbox.settle(pending, error.message)
+            return
+        self._accept(pending, event, request)
+
+    def _commanded(self, event: CommentEvent, comment: Comment, command: Command) -> JobRequest:
+        """The job that a command asks for. Raises InputError or PolicyError for one that starts nothing."""
+        self._check_author(event.repo_id, comment.author)
+        observed = self.inbox.store.clock()
+        head = self.hub.open(event.repo_id)
+        folder = command.subfolder or adapter_folder(head.files)
+        if folder is None:
+            raise InputError(
+                "this repository holds no adapter, or several", hint="Name one: --subfolder PATH"
+            )
+        target = command.options.target_repo
+        if target and target.partition("/")[0].lower() != event.repo_id.partition("/")[0].lower():
+            raise PolicyError(
+                f"the target {target} belongs to somebody else",
+                hint="Name a repository of this adapter's owner.",
+            )
+        return JobRequest(
+            adapter=head.repo_id,
+            revision=head.revision,
+            source=Source.COMMENT,
+            kind=command.kind,
+            subfolder=folder,
+            options=command.options,
+            requested_by=comment.author,
+            private=head.private,
+            reply=Reply(event.repo_id, event.number),
+            observed=observed,
+        )
+
+    def _read(self, event: CommentEvent) -> Comment | None:
+        comments = read_comments(self.hub, event.repo_id, event.number)
+        return next((one for one in comments if one.id == event.comment_id), None)
+
+    def _check_author(self, repo_id: str, author: str) -> None:
+        """Raises PolicyError for one who may not write to the repository."""
+        owner, name = repo_id.partition("/")[0].lower(), author.lower()
+        if name == owner or name in {one.lower() for one in self.settings.maintainers}:
+            return
+        if self.settings.members_may_command and name in members(self.hub, owner):
+            return
+        raise PolicyError(
+            f"only those who may write to {repo_id} can give commands here",
+            hint="The bot's owner can add you to its maintainers.",
+        )
+
+    def _accept(self, pending: Pending, event: CommentEvent, request: JobRequest) -> None:
+        submission = self.inbox.settle(pending, f"{request.kind.value} asked for", request)
+        log("event", key=event.key, repo=event.repo_id, note=_told(request.kind.value, submission))
+        if submission is None or isinstance(submission, OverLimit):
+            return
+        known = isinstance(submission, Duplicate)
+        try:
+            text = accepted_text(submission.job_id, request, self.settings.public_url, known=known)
+            self._say(event, text, f"{event.comment_id}-accepted")
+        except MergeAdapterError as error:  # the job is stored; only the acknowledgement is lost
+            log("answer-lost", job=submission.job_id, error=error.message)
+
+    def _say(self, event: CommentEvent, text: str, key: str) -> None:
+        marker = marker_of(key)
+        say_once(self.hub, event.repo_id, event.number, f"{text}\n\n{marker}", marker=marker)
+
+
+def adapter_folder(files: Mapping[str, object]) -> str | None:
+    """Where in a repository its one adapter lies: "" for the root; None when there is none, or no saying which."""
+    if ADAPTER_CONFIG in files:
+        return ""
+    folders = [
+        path.removesuffix(f"/{ADAPTER_CONFIG}") for path in files if path.endswith(f"/{ADAPTER_CONFIG}")
+    ]
+    return folders[0] if len(folders) == 1 else None
+
+
+def _blobs(entries: Mapping[str, RepoFile], folder: str) -> dict[str, str]:
+    """Content ids of the adapter's files in `folder`."""
+    prefix = f"{folder}/" if folder else ""
+    return {
+        path: entry.blob_id
+        for path, entry in entries.items()
+        if path.startswith(tuple(prefix + name for name in _ADAPTER_FILES))
+    }
+
+
+def _told(note: str, submission: Submission | None) -> str:
+    if isinstance(submission, Submitted):
+        replaced = f", instead of {', '.join(submission.replaced)}" if submission.replaced else ""
+        return f"{note}: job {submission.job_id}{replaced}"
+    return f"{note}: known as job {submission.job_id}" if isinstance(submission, Duplicate) else note

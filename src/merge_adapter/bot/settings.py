@@ -1,0 +1,229 @@
+"""Every knob of the bot, typed: from a TOML file, then from `MERGE_ADAPTER_BOT_*` in the environment.
+
+`docs/bot.md` carries the table that `settings_table` makes of this file; a test compares the two.
+"""
+
+# ruff: noqa: RUF009  # _knob makes fields; it is no default value
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from merge_adapter.errors import InputError
+
+PREFIX = "MERGE_ADAPTER_BOT_"
+
+
+class RunnerKind(StrEnum):
+    """Where jobs run."""
+
+    LOCAL = "local"
+    GITHUB = "github"
+    HF_JOBS = "hf-jobs"
+
+
+def _knob(default: Any, text: str, *, secret: bool = False, also: str = "") -> Any:
+    """A field with its meaning. `also` names a variable that others set, read when ours is absent."""
+    return field(default=default, repr=not secret, metadata={"help": text, "secret": secret, "also": also})
+
+
+@dataclass(frozen=True)
+class BotSettings:
+    """Settings of `merge-adapter serve`. Secrets are not part of its repr."""
+
+    data: Path = _knob(Path("bot-data"), "Folder for the queue, logs and reports; it must outlive restarts.")
+    host: str = _knob("127.0.0.1", "Address to listen on; 0.0.0.0 in a container.")
+    port: int = _knob(7860, "Port to listen on; 0 takes a free one.")
+    public_url: str = _knob("", "URL under which people and the Hub reach the bot.", also="SPACE_HOST")
+    name: str = _knob("", "Name that comments mention, without the @; empty: the account of the bot's token.")
+    endpoint: str = _knob("", "URL of the Hub; empty: huggingface.co.", also="HF_ENDPOINT")
+    token: str = _knob("", "The bot's own Hub token.", secret=True, also="HF_TOKEN")
+    webhook_secret: str = _knob(
+        "", "Secret that the Hub's webhook sends; without one no webhook is accepted.", secret=True
+    )
+    watch: tuple[str, ...] = _knob(
+        (), "Owners, or repositories as owner/name, whose pushes start jobs; * for all."
+    )
+    maintainers: tuple[str, ...] = _knob((), "Users who may command the bot in every watched repository.")
+    members_may_command: bool = _knob(
+        default=True, text="Whether the members of an organisation may command the bot in its repositories."
+    )
+    allow_base: tuple[str, ...] = _knob(
+        (), "Accept only these base models, such as meta-llama/*; empty: all."
+    )
+    runner: RunnerKind = _knob(RunnerKind.LOCAL, "Where jobs run: local, github or hf-jobs.")
+    workers: int = _knob(1, "Jobs that run at the same time.")
+    devices: tuple[str, ...] = _knob(
+        ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1."
+    )
+    job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.")
+    lease_seconds: float = _knob(
+        60.0, "Seconds after which a job of a worker that fell silent goes to another."
+    )
+    attempts: int = _knob(8, "Failures of the network after which a job stays failed.")
+    first_wait: float = _knob(15.0, "Seconds before the first retry; doubled each time, an hour at most.")
+    jobs_per_user: int = _knob(5, "Open jobs that one user may have.")
+    max_body: int = _knob(1 << 20, "Bytes of a request that are read at most.")
+    retention_days: float = _knob(90.0, "Days after which ended jobs, their logs and reports are removed.")
+    pages: bool = _knob(default=True, text="Whether to serve the web page.")
+    secret_key: str = _knob(
+        "", "Key that seals users' tokens; empty: made once and kept in the data folder.", secret=True
+    )
+    oauth_client_id: str = _knob("", "Hub OAuth application for logging in.", also="OAUTH_CLIENT_ID")
+    oauth_client_secret: str = _knob("", "Its secret.", secret=True, also="OAUTH_CLIENT_SECRET")
+    oauth_provider: str = _knob("", "OpenID provider; empty: the Hub's endpoint.", also="OPENID_PROVIDER_URL")
+    oauth_scopes: str = _knob(
+        "openid profile read-repos write-repos manage-repos write-discussions",
+        "What the login asks for.",
+        also="OAUTH_SCOPES",
+    )
+    github_repository: str = _knob("", "github: repository, owner/name, whose workflow runs the action.")
+    github_token: str = _knob("", "github: token that may dispatch there.", secret=True, also="GITHUB_TOKEN")
+    github_event: str = _knob("merge-adapter", "github: type of the repository_dispatch event.")
+    github_api: str = _knob("https://api.github.com", "github: URL of its API.", also="GITHUB_API_URL")
+    jobs_image: str = _knob("", "hf-jobs: container image of merge-adapter.")
+    jobs_namespace: str = _knob("", "hf-jobs: who pays; empty: the account of the bot's token.")
+    jobs_flavor: str = _knob("auto", "hf-jobs: hardware; auto: the cheapest that the plan fits on.")
+    poll_seconds: float = _knob(5.0, "github, hf-jobs: seconds between two looks at a remote job.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("attempts", 1), ("jobs_per_user", 1), ("max_body", 1024)):
+            if getattr(self, name) < least:
+                raise InputError(f"the setting {name} is {getattr(self, name)}, expected at least {least}")
+        if self.lease_seconds <= 0 or self.job_timeout <= 0:
+            raise InputError("the settings lease_seconds and job_timeout must be positive")
+        if not self.devices:
+            raise InputError("the setting devices is empty", hint='Leave it out, or name one: ["auto"]')
+
+    @property
+    def database(self) -> Path:
+        return self.data / "bot.sqlite3"
+
+    def job_folder(self, job_id: str) -> Path:
+        """Where the log and the report of a job lie."""
+        return self.data / "jobs" / job_id
+
+    def watches(self, repo_id: str) -> bool:
+        """Whether pushes to this repository start jobs."""
+        owner = repo_id.partition("/")[0]
+        wanted = {item.lower() for item in self.watch}
+        return bool(wanted & {"*", owner.lower(), repo_id.lower()})
+
+    def device_of(self, slot: int) -> str:
+        """The device of worker number `slot`."""
+        return self.devices[slot % len(self.devices)]
+
+
+def load_settings(
+    path: Path | None = None, environment: Mapping[str, str] | None = None, **overrides: Any
+) -> BotSettings:
+    """Settings from `path`, then the environment, then `overrides` that are not None.
+
+    Raises InputError naming the setting and where it came from when one is unknown or of the wrong type.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    if path is not None:
+        values |= _from_file(path)
+    values |= _from_environment(environment)
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    return BotSettings(**values)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the settings file {path} is not valid TOML: {error}") from error
+    hints = get_type_hints(BotSettings)
+    for name in parsed:
+        if name not in hints:
+            raise InputError(
+                f"{path} sets {name!r}, which is not a setting", hint=f"Known: {', '.join(sorted(hints))}"
+            )
+    return {name: _typed(name, value, hints[name], str(path)) for name, value in parsed.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    hints = get_type_hints(BotSettings)
+    known = {f"{PREFIX}{name.upper()}" for name in hints}
+    for variable in environment:
+        if variable.startswith(PREFIX) and variable not in known and variable != f"{PREFIX}CONFIG":
+            raise InputError(f"{variable} is set, but there is no such setting of the bot")
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(BotSettings):
+        for variable in (f"{PREFIX}{one.name.upper()}", one.metadata["also"]):
+            text = environment.get(variable, "") if variable else ""
+            if text:
+                text = f"https://{text}" if variable == "SPACE_HOST" else text
+                values[one.name] = _typed(one.name, text, hints[one.name], variable)
+                break
+    return values
+
+
+def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
+    """`value`, from TOML or as text from the environment, as the type of the field."""
+    try:
+        return _convert(value, kind)
+    except (ValueError, TypeError):
+        expected = {tuple: "a list", Path: "a path"}.get(
+            get_origin(kind) or kind, getattr(kind, "__name__", "")
+        )
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            expected = " or ".join(member.value for member in kind)
+        # The value is not shown: it may be a secret under the wrong name.
+        raise InputError(f"{where} sets {name} to a {type(value).__name__} that is not {expected}") from None
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return tuple(item for item in items if item)
+    if isinstance(kind, UnionType):
+        return _convert(value, next(one for one in get_args(kind) if one is not type(None)))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+            _text(value).lower()
+        ]
+    if isinstance(value, bool):
+        raise TypeError
+    if kind in (int, float):
+        return kind(value)
+    return kind(_text(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def settings_table() -> str:
+    """The Markdown table of all settings."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for one in dataclasses.fields(BotSettings):
+        default = one.default
+        if isinstance(default, tuple):
+            shown = "[" + ", ".join(f'"{item}"' for item in default) + "]"
+        elif isinstance(default, bool):
+            shown = str(default).lower()
+        else:
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+        note = f" Also read from `{one.metadata['also']}`." if one.metadata["also"] else ""
+        note += " Secret." if one.metadata["secret"] else ""
+        shown = f"`{shown}`" if shown else ""
+        lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']}{note} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""Discussions as the bot uses them: what somebody wrote, who may command it, and its answer, said once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from huggingface_hub import DiscussionComment
+
+from merge_adapter.errors import NotFoundError
+from merge_adapter.hub.session import once, repeat
+
+if TYPE_CHECKING:
+    from merge_adapter.hub.client import Hub
+
+
+@dataclass(frozen=True)
+class Comment:
+    """One comment as the Hub has it now."""
+
+    id: str
+    author: str
+    text: str
+
+
+def read_comments(hub: Hub, repo_id: str, number: int) -> tuple[Comment, ...]:
+    """The comments of a discussion or pull request, oldest first, without hidden ones."""
+    with hub.calling(f"read discussion {number} of {repo_id}", repo_id=repo_id):
+        found = repeat(lambda: hub.api.get_discussion_details(repo_id, number), hub.patience)
+    return tuple(
+        Comment(event.id, event.author, event.content)
+        for event in found.events
+        if isinstance(event, DiscussionComment) and not event.hidden
+    )
+
+
+def say_once(hub: Hub, repo_id: str, number: int, text: str, *, marker: str) -> None:
+    """Comment `text`, which contains `marker`, unless a comment of this account with that marker is there."""
+    user = hub.user.lower()
+
+    def look() -> bool | None:
+        said = (
+            one
+            for one in read_comments(hub, repo_id, number)
+            if one.author.lower() == user and marker in one.text
+        )
+        return True if any(said) else None
+
+    if look():
+        return
+    with hub.calling(f"comment on discussion {number} of {repo_id}", repo_id=repo_id):
+        once(lambda: bool(hub.api.comment_discussion(repo_id, number, text)), look, hub.patience)
+
+
+def members(hub: Hub, organisation: str) -> frozenset[str]:
+    """Names, in lower case, of the members whom this account may see; empty when it is no organisation."""
+    try:
+        with hub.calling(f"list the members of {organisation}", repo_id=organisation):
+            listed = repeat(
+                lambda: [user.username.lower() for user in hub.api.list_organization_members(organisation)],
+                hub.patience,
+            )
+    except NotFoundError:
+        return frozenset()
+    return frozenset(listed)
