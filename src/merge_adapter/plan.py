@@ -11,7 +11,7 @@ from merge_adapter.checkpoint.layout import Layout, find_layout
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
 from merge_adapter.methods.adapter_file import AdapterFile, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
-from merge_adapter.methods.change import Change, Kind, TensorSpec
+from merge_adapter.methods.change import Change, Kind
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import MergeSettings, Resolved, Strategy
 

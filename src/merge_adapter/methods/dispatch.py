@@ -6,10 +6,8 @@ from collections.abc import Mapping
 
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
-from merge_adapter.methods.lora import plan_lora, split_factors
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.table import Method, Way
-from merge_adapter.methods.targets import OnDisk, locate
 from merge_adapter.names.choose import NoNames, general_names, name_map, split_targets
 from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
 
@@ -41,6 +39,8 @@ def plan_adapter(
         )
         context = _context(sources, settings, adapter, tensors, base, names)
         if _in_rows(context):
+            from merge_adapter.methods.lora import plan_lora
+
             return plan_lora(context)
     else:
         names = _general(sources, settings, adapter, tensors, base, method)
@@ -51,12 +51,13 @@ def plan_adapter(
 
 
 def _in_rows(context: Context) -> bool:
-    """Whether every module that a LoRA changes is a tensor of its own on disk."""
-    factors, rest = split_factors(context.tensors)
-    parameters = [f"{module.module}.weight" for module in factors]
-    if any(not isinstance(locate(context, parameter), OnDisk) for parameter in parameters):
-        return False
-    return all(context.names.group(path.replace(".base_layer.", ".")) is None for path in rest)
+    """Whether every module that a LoRA changes has a weight in the base.
+
+    Experts that transformers 4 had as modules of their own do not; PEFT carries such adapters over.
+    """
+    modules, _ = split_targets(context.tensors, ("lora_",))
+    weights = [f"{module}.weight" for module in modules if ".experts." in module]
+    return all(context.names.direct(name) or context.names.group(name) for name in weights)
 
 
 def _general(

@@ -24,11 +24,11 @@ from merge_adapter.methods.change import (
     Replacement,
     TensorSpec,
 )
+from merge_adapter.methods.edits import config_without_ties, usual_dtype
 from merge_adapter.methods.ghost import ghostly
 from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign
 from merge_adapter.methods.peft_run import MergeTogether, Output, Session, Source
 from merge_adapter.methods.refuse import check_method
-from merge_adapter.methods.replacements import usual_dtype
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.conversion import ConvertedNames
 from merge_adapter.types import Strategy
@@ -50,8 +50,13 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
     if not isinstance(names, ConvertedNames):
         raise TypeError(f"expected ConvertedNames, got {type(names).__name__}")
     adapted = adapt(ghostly(names.model), context.config)
-    assigned = assign(adapted, context.tensors, set(names.model.state_dict()))
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)
+    assigned = assign(
+        adapted,
+        context.tensors,
+        set(names.model.state_dict()),
+        shapes_known=method.way_for(context.config) not in (Way.ALONE, Way.MEMORY),
+    )
     planner = _Planner(context, names, method, adapted, assigned, way)
     return planner.plan(reason)
 
@@ -62,7 +67,7 @@ def _way(
     """How the modules are merged, and why in memory when they are."""
     if in_memory:
         return Way.MEMORY, "it was asked for"
-    way = method.way_for(config)
+    way = Way.ALONE if config.get("kasa_config") else method.way_for(config)
     if way is Way.MEMORY:
         return way, f"{method.title} cannot be merged module by module: {method.note}".rstrip(".")
     if way is not Way.ALONE and adapted.reads and not method.reads_weights:
@@ -100,7 +105,7 @@ class _Planner:
         in_memory = self.way is Way.MEMORY
         return Planned(
             changes=tuple(changes),
-            config_changes={"tie_word_embeddings": False} if untied else {},
+            config_changes=config_without_ties(self.context.sources.base.config) if untied else {},
             strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
             strategy_reason=reason if in_memory else "",
         )
@@ -268,6 +273,6 @@ class _Planner:
         if on_disk is not None:
             old = self.context.base[on_disk]
             return Replacement(TensorSpec(old.name, old.dtype, spec.shape), parameter, name)
-        dtype = usual_dtype(self.context.base)
+        dtype = usual_dtype(self.context.base.values())
         added = TensorSpec(self.names.disk_name(parameter), dtype, spec.shape)
         return Replacement(added, parameter, name, kind=Kind.ADD)

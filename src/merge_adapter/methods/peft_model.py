@@ -141,11 +141,18 @@ def parse_config(config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def assign(adapted: AdaptedModel, tensors: Mapping[str, TensorSpec], parameters: Collection[str]) -> Assigned:
+def assign(
+    adapted: AdaptedModel,
+    tensors: Mapping[str, TensorSpec],
+    parameters: Collection[str],
+    *,
+    shapes_known: bool = True,
+) -> Assigned:
     """Give every adapter tensor to a module, to all of them, or to a parameter of the base that it replaces.
 
-    `parameters` are the names of the base model's. Raises AccountingError for tensors left over or missing,
-    ShapeError for tensors of another shape than PEFT's layers have.
+    `parameters` are the names of the base model's. `shapes_known` False where shapes depend on weights; PEFT
+    then compares them when it loads. Raises AccountingError for tensors left over or missing, ShapeError for
+    tensors of another shape than PEFT's layers have.
     """
     expected = _saved_form(adapted)
     replaced, own = {}, {}
@@ -157,6 +164,8 @@ def assign(adapted: AdaptedModel, tensors: Mapping[str, TensorSpec], parameters:
             own[name] = spec
     converted = _as_loaded(adapted, own)
     _check_complete(expected, converted, own)
+    if shapes_known:
+        _check_shapes(expected, converted)
     paths = sorted((layer.path for layer in adapted.layers()), key=len, reverse=True)
     of_module: dict[str, list[str]] = {}
     shared = []
@@ -279,6 +288,9 @@ def _check_complete(
             tensors=tuple(missing),
             hint="The config belongs to another adapter or the file was cut; save the adapter again.",
         )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in got.items():
         if expected[name] != shape:
             raise ShapeError(

@@ -98,8 +98,9 @@ class Session:
             with torch.no_grad(), quiet():
                 for part in layer.layers:
                     part.merge()
+            inside = layer.layers[0].get_base_layer()  # LN tuning puts its own module there
             for name in real:
-                merged = layer.base._parameters[name]
+                merged = inside._parameters[name]
                 assert merged is not None
                 values[f"{layer.path}.{name}"] = merged.data
         except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
@@ -108,6 +109,8 @@ class Session:
                 hint="Keep the adapter and load it with PEFT beside its base.",
             ) from error
         finally:
+            if layer.layers[0].get_base_layer() is not layer.base:
+                layer.layers[0].unmerge()
             restore(layer.base, before)
             for part in layer.layers:
                 part.merged_adapters = []
