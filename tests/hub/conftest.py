@@ -66,6 +66,7 @@ class World:
         api = self.api(repo_id.split("/")[0])
         api.create_repo(repo_id, private=private, exist_ok=True)
         folder = self.scratch / f"upload-{next(self._count)}"
+        folder.mkdir()
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)

@@ -15,6 +15,10 @@ from merge_adapter.publish.settings import PublishSettings, Target
 from merge_adapter.types import Verdict, Verification
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+_EVIDENCE_LIMIT = 40_000
+_REASON_LIMIT = 500
+_REASONS = 20
+"""20 reasons of 500 characters, escaped to five times that at worst, leave room for the rest."""
 _STATES = {
     Verdict.PASS: "The merged model answers as base + adapter does.",
     Verdict.FAIL: "**Not equivalent.** This stays a draft: the merged model does not answer as base + adapter does.",
@@ -46,10 +50,7 @@ def commit_body(report: Mapping[str, Any]) -> str:
 
 def placeholder(report: Mapping[str, Any], marker: Marker) -> str:
     """The description while the files are on their way; the marker lets an interrupted run find its draft."""
-    return (
-        f"The adapter {_link(report['adapter'])} folded into its base model. Files are being uploaded."
-        f"\n\n{marker}"
-    )
+    return f"{marker}\n\nThe adapter {_link(report['adapter'])} folded into its base model. Files are being uploaded."
 
 
 def describe(
@@ -66,6 +67,8 @@ def describe(
     adapter, base = report["adapter"], report["base"]
     method = escape(str(adapter.get("method") or "PEFT"))
     lines = [
+        str(marker),  # first, so that nothing that is quoted below can pass for it
+        "",
         f"The adapter {_link(adapter)} folded into its base model: full weights and tokenizer, no `peft` needed.",
         "",
         _STATES[verification.verdict],
@@ -77,10 +80,10 @@ def describe(
         "",
     ]
     if evidence:
-        lines += [evidence.strip(), ""]
+        lines += [_fitting(evidence), ""]
     lines += _reasons(verification)
     lines += [f"- {escape(note)}" for note in settings.notes]
-    lines += ["", *_how_to_check(report, target, number), "", str(marker)]
+    lines += ["", *_how_to_check(report, target, number)]
     return "\n".join(lines)
 
 
@@ -89,14 +92,22 @@ def evidence_comment(report: Mapping[str, Any], verification: Verification, *, e
     head = f"Adapter commit {_commit(report['adapter'])}: {_STATES[verification.verdict]}"
     lines = [head, "", *_reasons(verification)]
     if evidence:
-        lines += ["", evidence.strip()]
+        lines += ["", _fitting(evidence)]
     if verification.verdict is Verdict.INCONCLUSIVE:
         lines += ["", "What would decide it is said above; a new run updates this pull request."]
     return "\n".join(lines)
 
 
 def _reasons(verification: Verification) -> list[str]:
-    return [f"- {escape(reason)}" for reason in verification.reasons]
+    shown = [f"- {escape(reason[:_REASON_LIMIT])}" for reason in verification.reasons[:_REASONS]]
+    more = len(verification.reasons) - len(shown)
+    return [*shown, f"- and {more} more, in `merge_report.json`"] if more > 0 else shown
+
+
+def _fitting(evidence: str) -> str:
+    """The Hub takes comments of up to 65,536 characters; a table cut in two would be no table."""
+    clean = evidence.strip()
+    return clean if len(clean) <= _EVIDENCE_LIMIT else "The evidence is in `merge_report.json`."
 
 
 def _how_to_check(report: Mapping[str, Any], target: Target, number: int) -> list[str]:
