@@ -106,7 +106,7 @@ def test_base_tokenizer_with_adapters_template_is_said(lm_base: Path, tmp_path: 
     adapter = folder_with(tmp_path / "adapter", chat_template__jinja="{{ 'adapter' }}")
     packaged = run(bare_sources(adapter, lm_base, lm_base), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'adapter' }}"
-    assert any("chat template is the adapter's" in note for note in packaged.notes)
+    assert any("the chat template the adapter's" in note for note in packaged.notes)
 
 
 def test_base_template_completes_adapters_tokenizer(lm_adapter: Path, copy_of: Copy, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_base_template_completes_adapters_tokenizer(lm_adapter: Path, copy_of: C
     assert (out / "chat_template.jinja").read_text() == "{{ 'one' }}"
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ 'two' }}"
     assert not list(tmp_path.rglob("escape*"))
-    assert any("chat template is the base's" in note for note in packaged.notes)
+    assert any("the chat template the base's" in note for note in packaged.notes)
 
 
 def test_leftovers_of_training_are_never_published(

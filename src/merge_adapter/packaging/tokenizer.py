@@ -66,20 +66,32 @@ def write_tokenizer(sources: Resolved, writer: Writer, settings: MergeSettings) 
     for path in sorted(repository.files):
         if path in _FILES or _TIKTOKEN.fullmatch(path):
             writer.copy(repository, path, source=source)
-    template_from = _template_source(repository, sources)
-    other_template = template_from is not None and template_from is not repository
+    other = template_beside(sources)
     if CONFIG in repository.files:
         write_config(
-            repository, CONFIG, writer, settings, source=source, drop=("chat_template",) * other_template
+            repository, CONFIG, writer, settings, source=source, drop=("chat_template",) * bool(other)
         )
-    if template_from is None:
+    if not other:
+        for path in _template_files(repository):
+            writer.copy(repository, path, source=source)
         return
-    _write_template(template_from, writer, source=source_of(template_from, sources), own=not other_template)
-    if other_template:
-        writer.note(
-            f"The tokenizer is the {source}'s, which has no chat template of its own or not the one that counts; "
-            f"the chat template is the {source_of(template_from, sources)}'s."
-        )
+    for path, template in other.items():
+        writer.write(path, template)
+    whose = "adapter" if source == "base" else "base"
+    writer.note(f"The tokenizer is the {source}'s, the chat template the {whose}'s.")
+
+
+def template_beside(sources: Resolved) -> dict[str, bytes]:
+    """The chat template's files where it is not of the tokenizer's own repository; empty where it is, or is none.
+
+    The adapter's template counts before the base's: it was trained through it. Paths are those of transformers.
+    """
+    if sources.tokenizer is None:
+        return {}
+    for repository in (sources.adapter.repository, sources.base.repository):
+        if _has_template(repository):
+            return {} if repository.origin == sources.tokenizer.origin else _template_of(repository)
+    return {}
 
 
 def write_processors(sources: Resolved, writer: Writer, settings: MergeSettings) -> None:
@@ -117,29 +129,24 @@ def write_config(
         writer.write_json(path, edited)
 
 
-def _template_source(tokenizer: Repository, sources: Resolved) -> Repository | None:
-    for repository in (sources.adapter.repository, tokenizer, sources.base.repository):
-        if _has_template(repository):
-            return repository
-    return None
+def _template_files(repository: Repository) -> list[str]:
+    return [path for path in sorted(repository.files) if _TEMPLATE_FILES.fullmatch(path)]
 
 
 def _has_template(repository: Repository) -> bool:
-    if any(_TEMPLATE_FILES.fullmatch(path) for path in repository.files):
-        return True
-    return CONFIG in repository.files and bool(read_object(repository, CONFIG).get("chat_template"))
+    return bool(_template_files(repository)) or (
+        CONFIG in repository.files and bool(read_object(repository, CONFIG).get("chat_template"))
+    )
 
 
-def _write_template(repository: Repository, writer: Writer, *, source: str, own: bool) -> None:
-    """The template's files; with `own` false also the template inside tokenizer_config.json, as files."""
-    for path in sorted(repository.files):
-        if _TEMPLATE_FILES.fullmatch(path):
-            writer.copy(repository, path, source=source)
-    if own or CONFIG not in repository.files:
-        return
-    for name, text in _templates_inside(read_object(repository, CONFIG)).items():
-        path = TEMPLATE if name == "default" else f"{_TEMPLATES_FOLDER}/{name}.jinja"
-        writer.write(path, text.encode())
+def _template_of(repository: Repository) -> dict[str, bytes]:
+    """Its template files, and as files the templates that its tokenizer config holds."""
+    files = {path: repository.read(path) for path in _template_files(repository)}
+    if CONFIG in repository.files:
+        for name, text in _templates_inside(read_object(repository, CONFIG)).items():
+            path = TEMPLATE if name == "default" else f"{_TEMPLATES_FOLDER}/{name}.jinja"
+            files.setdefault(path, text.encode())
+    return files
 
 
 def _templates_inside(config: Mapping[str, Any]) -> dict[str, str]:

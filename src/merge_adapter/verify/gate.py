@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from merge_adapter.errors import BaseModelError, MalformedError, NotFoundError
+from merge_adapter.packaging.tokenizer import template_beside
 from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.answers import Batch
 from merge_adapter.verify.batches import Probes, random_ids, tokenized
@@ -333,7 +334,8 @@ class Gate:
         names = [name for name in repository.files if _is_tokenizer_file(name)]
         # AutoTokenizer asks the model's config which class to use when the tokenizer's own does not say
         place = repository.folder(names)
-        if (place / "config.json").exists():
+        template = template_beside(self.sources)
+        if (place / "config.json").exists() and not template:
             return place
         base = self.sources.base.repository
         joined = Path(
@@ -343,6 +345,10 @@ class Gate:
             target = joined / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((place / name).read_bytes())
+        for name, content in template.items():
+            target = joined / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
         (joined / "config.json").write_bytes(base.read("config.json"))
         return joined
 
