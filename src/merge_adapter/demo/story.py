@@ -1,0 +1,238 @@
+"""The demo's story: push an adapter, and find its merged model offered as a pull request.
+
+Nothing in it is played: a Hub process with git and large-file storage, the real huggingface_hub client, a
+webhook delivered over HTTP, the pipeline of `merge-adapter run`, and really trained models.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from merge_adapter.demo.receiver import Push, Receiver
+from merge_adapter.errors import HubError, InputError, NotEquivalentError
+from merge_adapter.types import Publication, Verdict
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from merge_adapter.pipeline import RunOutcome
+
+ASSETS = Path(__file__).parent / "assets"
+BASE, ADAPTER = ASSETS / "base", ASSETS / "adapter"
+BASE_ID, ADAPTER_ID = "demo/pydoc-llama", "demo/pydoc-llama-answers"
+OWNER, BOT = "ada", "merge-bot"
+"""Users: one who trains models, and the bot. Both belong to the organisation `demo`."""
+DELIVERY_SECONDS = 30.0
+"""How long a webhook may take; it arrives within a second."""
+_NEEDED = ("fastapi", "uvicorn", "pygit2", "lz4", "jwt")
+"""Modules of the extra `demo` that the embedded Hub runs on."""
+
+
+def run_demo(*, keep: bool, console: Console) -> None:
+    """Play the whole job on an embedded Hub in a temporary folder and print it stage by stage.
+
+    With `keep` the Hub stays up until Ctrl-C. Raises InputError when the extra `demo` is not installed,
+    NotEquivalentError when the gate does not pass the merge, and whatever a stage raises.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"the embedded Hub needs packages that are not installed: {', '.join(missing)}",
+            hint="Install them: pip install 'merge-adapter[demo]'",
+        )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="merge-adapter-demo-") as name, _own_client_home(Path(name)):
+        _Story(console, Path(name)).tell(keep=keep, started=started)
+
+
+@contextmanager
+def _own_client_home(place: Path) -> Iterator[None]:
+    """Caches and settings of the Hub's client below `place`: the demo touches none of the user's.
+
+    The client reads them when it is first imported, which is after this. Its chunk cache must not outlive
+    the Hub: the client would skip uploads of chunks that a later Hub does not have.
+    """
+    settings = {
+        "HF_HOME": str(place / "client"),
+        "HF_XET_CACHE": str(place / "client" / "xet"),
+        "HF_HUB_CACHE": str(place / "client" / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
+    }
+    before = {name: os.environ.get(name) for name in (*settings, "HF_ENDPOINT")}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _Story:
+    """The stages in order, each printed as it happens."""
+
+    def __init__(self, console: Console, place: Path) -> None:
+        self._console = console
+        self._place = place
+        self._tokens = {name: f"hf_{secrets.token_hex(17)}" for name in (OWNER, BOT)}
+        self._stage = 0
+
+    def tell(self, *, keep: bool, started: float) -> None:
+        from localhub.process import LocalHub
+
+        self._begin("An embedded Hub")
+        organizations = {"demo": [f"{OWNER}:admin", f"{BOT}:write"]}
+        secret = secrets.token_hex(16)
+        with LocalHub(self._place / "hub", self._tokens, organizations) as hub, Receiver(secret) as receiver:
+            os.environ["HF_ENDPOINT"] = hub.url
+            self._fact("at", hub.url)
+            self._fact("users", f"{OWNER}, who trains models; {BOT}, which merges them; organisation demo")
+            self._watch(hub.url, receiver.url, secret)
+            self._push(hub.url)
+            self._await(receiver)
+            outcome = self._merge(hub.url)
+            publication = self._published(outcome)
+            self._compare(hub.url, publication)
+            self._repeat(hub.url)
+            self._console.print()
+            self._console.print(Text.assemble(("Pull request  ", "bold"), (publication.url, "bold cyan")))
+            self._console.print(Text(f"All of it took {time.monotonic() - started:.0f} s.", style="dim"))
+            if keep:
+                self._stay()
+            else:
+                self._console.print(
+                    Text("The Hub is gone now; merge-adapter demo --keep leaves it up.", style="dim")
+                )
+
+    def _watch(self, endpoint: str, receiver: str, secret: str) -> None:
+        self._begin("A webhook on what is pushed to demo/*")
+        self._api(endpoint, BOT).create_webhook(
+            url=receiver, watched=[{"type": "org", "name": "demo"}], domains=["repo"], secret=secret
+        )
+        self._fact("delivers to", receiver)
+
+    def _push(self, endpoint: str) -> None:
+        self._begin(f"{OWNER} pushes a base model and an adapter")
+        api = self._api(endpoint, OWNER)
+        for repo_id, folder in ((BASE_ID, BASE), (ADAPTER_ID, ADAPTER)):
+            api.create_repo(repo_id)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Upload what was trained"
+            )
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self._fact(repo_id, f"{size / 1e6:.1f} MB, commit {commit.oid[:12]}")
+
+    def _await(self, receiver: Receiver) -> Push:
+        """The webhook of the adapter's push; other pushes are no reason to merge."""
+        self._begin("The webhook arrives")
+        deadline = time.monotonic() + DELIVERY_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            push = receiver.wait(left)
+            if push is not None and push.repo_id == ADAPTER_ID:
+                self._fact("push", f"{push.repo_id} at {push.sha[:12]}")
+                return push
+        raise HubError(
+            f"no webhook told of the push to {ADAPTER_ID} within {DELIVERY_SECONDS:.0f} s",
+            hint="Something on this machine may block connections to 127.0.0.1.",
+        )
+
+    def _merge(self, endpoint: str) -> RunOutcome:
+        self._begin(f"{BOT} runs: merge-adapter run {ADAPTER_ID}")
+        from merge_adapter.report.terminal import show_merged
+
+        outcome = self._run(endpoint)
+        if outcome.merged is not None:
+            show_merged(self._console, outcome.merged)
+        if outcome.verdict is not Verdict.PASS:
+            raise NotEquivalentError(
+                f"the gate said {outcome.verdict.value} about the demo's own models: {' '.join(outcome.reasons)}",
+                hint="The merge of the shipped models should pass: please report this.",
+            )
+        return outcome
+
+    def _run(self, endpoint: str) -> RunOutcome:
+        from transformers.utils.logging import disable_progress_bar
+
+        from merge_adapter.hub import Hub
+        from merge_adapter.pipeline import MergeRequest, run
+        from merge_adapter.publish.settings import PublishSettings
+        from merge_adapter.report.progress import progress_for
+        from merge_adapter.resolve import SourceRequest
+
+        disable_progress_bar()  # ours shows each stage already
+        return run(
+            MergeRequest(source=SourceRequest(adapters=(ADAPTER_ID,), local_paths=False)),
+            PublishSettings(),
+            hub=Hub(endpoint, self._tokens[BOT]),
+            progress=progress_for(self._console, quiet=False),
+        )
+
+    def _published(self, outcome: RunOutcome) -> Publication:
+        self._begin("A pull request with weights, tokenizer, card and report")
+        publication = outcome.publication
+        assert publication is not None, "a run that passes publishes"
+        files = outcome.report["output"]["files"]
+        self._fact("repository", publication.repo)
+        self._fact("files", ", ".join(entry["path"] for entry in files))
+        self._fact("state", "draft" if publication.draft else "open, ready to merge")
+        return publication
+
+    def _compare(self, endpoint: str, publication: Publication) -> None:
+        self._begin("The pull request's model, downloaded and loaded without PEFT")
+        from merge_adapter.demo.samples import write_samples
+
+        folder = self._api(endpoint, OWNER).snapshot_download(publication.repo, revision=publication.commit)
+        table = Table(show_lines=True, header_style="bold", expand=True)
+        for heading in ("asked", "base", "base + adapter", "merged"):
+            table.add_column(heading, overflow="fold", ratio=1)
+        samples = write_samples(BASE, ADAPTER, Path(folder))
+        for sample in samples:
+            cells = (sample.question, sample.base, sample.adapted, sample.merged)
+            table.add_row(*(Text(cell) for cell in cells))
+        self._console.print(table)
+        same = sum(sample.adapted == sample.merged for sample in samples)
+        self._fact("same words", f"{same} of {len(samples)} answers of base + adapter and of merged")
+
+    def _repeat(self, endpoint: str) -> None:
+        self._begin("The same run again")
+        publication = self._run(endpoint).publication
+        self._fact("published", publication.operation.value if publication else "nothing")
+
+    def _stay(self) -> None:
+        self._console.print(Text("The Hub stays up. Ctrl-C ends it.", style="bold"))
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            self._console.print(Text("Ended.", style="dim"))
+
+    def _api(self, endpoint: str, user: str) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=endpoint, token=self._tokens[user])
+
+    def _begin(self, title: str) -> None:
+        self._stage += 1
+        self._console.print()
+        self._console.print(Text(f"{self._stage}. {title}", style="bold"))
+
+    def _fact(self, name: str, value: str) -> None:
+        self._console.print(Text.assemble((f"   {name}  ", "dim"), value))
