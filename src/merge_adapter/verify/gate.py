@@ -64,6 +64,7 @@ class Gate:
         self.sources = sources
         self.settings = settings
         self.progress = progress
+        self.device = _device(settings.device)
         self.findings: list[Finding] = []
         self.evidence: dict[str, Any] = {}
         self._stack = ExitStack()
@@ -246,7 +247,7 @@ class Gate:
                 kind,
                 probes.batch,
                 storage=storage,
-                device=torch.device(self.settings.device),
+                device=torch.device(self.device),
                 with_ceiling=not weights.exact,
                 prompts=_prompts(probes.batch, self.settings.greedy_prompts) if kind is Kind.CAUSAL else None,
                 greedy_tokens=self.settings.greedy_tokens,
@@ -305,7 +306,7 @@ class Gate:
                 self.merged,
                 kind=kind,
                 dtype=storage,
-                device=self.settings.device,
+                device=self.device,
                 batch=batch,
                 greedy=(arms.greedy[0], arms.greedy[1])
                 if arms is not None and arms.greedy is not None
@@ -361,7 +362,7 @@ class Gate:
             return None
         limit = _positions(model.config)
         tokenizer = _tokenizer(source, trust=self.settings.trust_remote_code)
-        budget = self.settings.tokens
+        budget = self.settings.tokens(self.device)
         if tokenizer is None:
             self.findings.append(note("outputs", "", "no tokenizer: probed with seeded random token ids"))
             probes = random_ids(budget=budget, vocabulary=vocabulary, limit=limit, seed=self.settings.seed)
@@ -376,6 +377,12 @@ class Gate:
             "own": str(self.settings.probes.name) if self.settings.probes else None,
         }
         return probes
+
+
+def _device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tokenizer(source: Path | None, *, trust: bool) -> Any:

@@ -67,10 +67,16 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
             else:
                 missed.append(name)
         results.append(
-            {"mutant": mutant.name, "what": mutant.makes, "tried": tried, "weights": caught, "missed": missed}
+            {
+                "fault": f"{mutant.name}: {mutant.makes}",
+                "tried": tried,
+                "caught": {"weights": caught},
+                "caught_by": ["weights"] if caught == tried else [],
+                "missed": missed,
+            }
         )
     # one tensor of the whole model left out is the no-op on that tensor alone: the verdict needs no second one
-    dropped = dict(results[0], mutant="dropped module", what="one module left unmerged")
+    dropped = dict(results[0], fault="dropped module: one module left unmerged")
     return [*results[:1], dropped, *results[1:]]
 
 
@@ -112,9 +118,9 @@ class _Head(Update):
 def judge_mutants(results: list[dict[str, object]]) -> Iterator[Finding]:
     """A fault that slipped through leaves the answer open."""
     for entry in results:
-        if entry["weights"] != entry["tried"]:
+        if not entry["caught_by"]:
             text = (
-                f"the injected fault ({entry['what']}) was caught in {entry['weights']} of {entry['tried']} tensors: "
-                "the update is too small for this dtype to show it; a wider dtype would"
+                f"this injected fault went unseen in {entry['missed']}: the update is too small for this dtype "
+                "to show it; a wider dtype would"
             )
-            yield undecided("mutants", str(entry["mutant"]), text)
+            yield undecided("mutants", str(entry["fault"]), text)

@@ -18,8 +18,8 @@ class VerifySettings:
     probe_tokens: int | None = None
     """Tokens that every arm of the output part reads. None: 512 on a CPU, 2048 on a GPU."""
     probes: Path | None = None
-    """A text file of the user's own probe documents, separated by blank lines, or JSON lines with a `text` or
-    `messages` key each; judged in addition to the ones that ship with the package."""
+    """The user's own probe documents, one per line, or JSON lines (.jsonl) with a `text` or `messages` key each; they
+    come before the ones that ship with the package."""
     greedy_tokens: int = 24
     """Length of the greedy continuations, 0 for none."""
     greedy_prompts: int = 4
@@ -29,7 +29,7 @@ class VerifySettings:
     full_mutants: bool = False
     """True runs every injected fault through the modules and outputs parts too, not the weights part alone."""
     device: str = "cpu"
-    """Where the output part computes: `cpu`, `cuda`, `cuda:N`."""
+    """Where the output part computes: `auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:N`."""
     trust_remote_code: bool = False
     """Run the modelling code that the base repository carries."""
     seed: int = 0
@@ -39,9 +39,8 @@ class VerifySettings:
     timeout: float = 3600.0
     """Seconds after which the process that runs the merged model is stopped."""
 
-    @property
-    def tokens(self) -> int:
-        """The number of probe tokens in force."""
+    def tokens(self, device: str) -> int:
+        """The number of probe tokens in force on `device`."""
         if self.probe_tokens is not None:
             return self.probe_tokens
-        return 512 if self.device == "cpu" else 2048
+        return 512 if device == "cpu" else 2048

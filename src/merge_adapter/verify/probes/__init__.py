@@ -51,7 +51,7 @@ def _coprime(left: int, right: int) -> bool:
 
 
 def from_file(path: Path) -> tuple[Probe, ...]:
-    """A user's own probes: JSON lines with `text` or `messages`, or plain text with blank lines between documents.
+    """A user's own probes: JSON lines with `text` or `messages`, or plain text with one document per line.
 
     Raises NotFoundError or MalformedError, with the line.
     """
@@ -67,10 +67,10 @@ def from_file(path: Path) -> tuple[Probe, ...]:
             if line.strip():
                 found.append(_from_line(_parsed(line, number, path.name), number, path.name))
     else:
-        pieces = [piece.strip() for piece in content.replace("\r\n", "\n").split("\n\n")]
-        found = [Probe(f"{path.name}:{at}", piece) for at, piece in enumerate(pieces, 1) if piece]
+        lines = enumerate(content.splitlines(), 1)
+        found = [Probe(f"{path.name}:{number}", line.strip()) for number, line in lines if line.strip()]
     if not found:
-        raise MalformedError(f"{path} holds no probe", hint="Put documents in it, separated by blank lines.")
+        raise MalformedError(f"{path} holds no probe", hint="Put a document on each line.")
     return tuple(found)
 
 
