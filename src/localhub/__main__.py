@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from localhub.accounts import TokenRole
 from localhub.errors import RefusedError
-from localhub.hub import Hub, open_hub
+from localhub.hub import Hub, Options, open_hub
+from localhub.oidc import parse_client, parse_publisher
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +39,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=USER[:ROLE],...",
         help="an organisation and its members; roles are admin (default), write, contributor, read; repeatable",
     )
+    parser.add_argument(
+        "--run-jobs",
+        action="store_true",
+        help="run jobs as processes on this machine instead of recording them",
+    )
+    parser.add_argument(
+        "--trusted-publisher",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help='{"resource": "owner/name", "issuer": URL, "jwks_uri": URL, "claims": {"repository": "org/ci"}, '
+        '"user": NAME}: a CI workflow that may exchange its id token; repeatable',
+    )
+    parser.add_argument(
+        "--oauth-client",
+        action="append",
+        default=[],
+        metavar="ID[:SECRET]=REDIRECT_URI,...",
+        help="an application that signs users in here; without a secret it must use PKCE; repeatable",
+    )
     return parser
 
 
@@ -60,9 +82,6 @@ def add_accounts(hub: Hub, tokens: Sequence[str], organizations: Sequence[str]) 
             user, _, role = member.partition(":")
             hub.accounts.add(user)
             hub.accounts.join(name, user, role or "admin")
-
-
-from localhub.accounts import TokenRole  # noqa: E402
 
 
 async def _serve(hub: Hub, listener: socket.socket) -> None:
@@ -94,15 +113,21 @@ async def _serve(hub: Hub, listener: socket.socket) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGINT or SIGTERM; the exit code."""
     options = parser().parse_args(arguments)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it each answer waits 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", options.port))
     except OSError as error:
         sys.stderr.write(f"localhub: cannot listen on 127.0.0.1:{options.port}: {error.strerror}\n")
         return 2
-    hub = open_hub(options.data)
     try:
+        choices = Options(
+            run_jobs=options.run_jobs,
+            publishers=[parse_publisher(text) for text in options.trusted_publisher],
+            clients=[parse_client(text) for text in options.oauth_client],
+        )
+        hub = open_hub(options.data, choices)
         add_accounts(hub, options.token, options.organization)
     except (ValueError, RefusedError) as error:
         sys.stderr.write(f"localhub: {error}\n")

@@ -18,15 +18,21 @@ routing.register()
 
 from localhub.api import (  # noqa: E402 - routes need the convertors registered above
     account,
+    collections,
     commit,
     content,
     discussions,
+    jobs,
     lfs,
+    oauth,
     repos,
     resolve,
     validate,
+    webhooks,
     xet,
 )
+from localhub.pages import routes as pages  # noqa: E402
+from localhub.pages.render import render  # noqa: E402
 
 
 def make_app(hub: Hub) -> FastAPI:
@@ -34,7 +40,12 @@ def make_app(hub: Hub) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        courier = hub.courier()
+        courier.start()
+        hub.jobs.resume()
         yield
+        courier.stop()
+        hub.jobs.stop()
 
     app = FastAPI(title="localhub", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.hub = hub
@@ -43,7 +54,10 @@ def make_app(hub: Hub) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.middleware("http")(_request_id)
     app.add_middleware(routing.KeepEncodedSlashes)
-    for module in (account, validate, lfs, xet, content, commit, discussions, repos, resolve):
+    for module in (account, collections, jobs, webhooks, oauth, validate, lfs, xet, content, commit):
+        app.include_router(module.router)
+    # Routes of two free segments (`/{owner}/{name}`) come last.
+    for module in (discussions, repos, resolve, pages):
         app.include_router(module.router)
     return app
 
@@ -53,6 +67,8 @@ def _refused(request: Request, error: Exception) -> Response:
     # A HEAD answer has no body; the headers say it all.
     if request.method == "HEAD":
         return Response(status_code=error.status, headers=error.headers())
+    if "text/html" in request.headers.get("accept", ""):
+        return render("error.html", status=error.status, viewer=None, error=error)
     return JSONResponse(error.body, status_code=error.status, headers=error.headers())
 
 

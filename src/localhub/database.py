@@ -68,11 +68,6 @@ CREATE TABLE IF NOT EXISTS xet_files (
     sha256 TEXT PRIMARY KEY, hash TEXT NOT NULL, size INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS large_files (
     repository TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (repository, sha256));
-CREATE TABLE IF NOT EXISTS trusted_publishers (
-    id TEXT PRIMARY KEY, resource TEXT NOT NULL, issuer TEXT NOT NULL, claims TEXT NOT NULL,
-    user TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS oauth_clients (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL, secret_digest TEXT, redirect_uris TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 

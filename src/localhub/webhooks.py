@@ -273,6 +273,17 @@ class Webhooks:
             time.time(),
         )
 
+    def job_of(self, delivery: sqlite3.Row) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """For a webhook that starts a job: whose, which, and what it finds in its environment."""
+        payload = json.loads(delivery["payload"])
+        environment = {
+            "WEBHOOK_PAYLOAD": delivery["payload"],
+            "WEBHOOK_REPO_ID": payload["repo"]["name"],
+            "WEBHOOK_REPO_TYPE": payload["repo"]["type"],
+            "WEBHOOK_SECRET": delivery["secret"] or "",
+        }
+        return delivery["user"], json.loads(delivery["job"]), environment
+
     def next_due(self) -> float | None:
         """Unix time of the next attempt."""
         row = self._database.one("SELECT MIN(due) AS due FROM deliveries WHERE state = 'waiting'")

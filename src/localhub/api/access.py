@@ -18,6 +18,8 @@ from localhub.hub import Hub
 from localhub.repositories import Repository
 from localhub.webhooks import Subject
 
+COOKIE = "localhub_token"
+"""Holds the token of a person who signed in on a page; counts for reading only."""
 MAX_JSON_BYTES = 32 * 1024 * 1024
 
 
@@ -46,6 +48,8 @@ class Context:
             InvalidCredentialsError: a token nobody has.
         """
         token = _token(self.request.headers.get("authorization", ""))
+        if not token and self.request.method in ("GET", "HEAD"):
+            token = self.request.cookies.get(COOKIE, "")
         return self.hub.accounts.identify(token) if token else None
 
     def login(self) -> Identity:

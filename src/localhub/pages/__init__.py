@@ -1,0 +1,1 @@
+"""Pages for people: what is on this Hub, its files, pull requests and their diffs."""

@@ -1,0 +1,103 @@
+"""Templates, Markdown and diffs to HTML. Everything that comes from a repository is escaped.
+
+The content security policy allows nothing but this server's own style sheet, so that no page makes a
+request elsewhere or runs a script, whatever a README holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import quote
+
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+_POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+MAX_DIFF_LINES = 4000
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("localhub.pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {
+        "markdown": markdown,
+        "bytes": human_bytes,
+        "segment": lambda text: quote(text, safe=""),
+        "path": lambda text: quote(text, safe="/"),
+        "day": lambda text: str(text)[:16].replace("T", " "),
+    }
+    environment.tests["mapping"] = lambda value: isinstance(value, dict)
+    return environment
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    # No raw HTML: it comes out as text. Links are checked by the library (no javascript:).
+    return MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+
+
+def markdown(text: str) -> Markup:
+    """Markdown as safe HTML."""
+    return Markup(_markdown().render(text))  # noqa: S704 - raw HTML is disabled above
+
+
+def human_bytes(size: int) -> str:
+    """`1.5 MB`, as the Hub writes sizes."""
+    value = float(size)
+    for unit in ("Bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "Bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def render(
+    template: str, *, status: int = 200, policy: str = "form-action 'self'", **values: Any
+) -> HTMLResponse:
+    """A page; `policy` adds to the content security policy."""
+    page = _environment().get_template(template).render(**values)
+    headers = {
+        "Content-Security-Policy": f"{_POLICY}; {policy}",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "same-origin",
+    }
+    return HTMLResponse(page, status_code=status, headers=headers)
+
+
+@dataclass(frozen=True)
+class DiffLine:
+    """One line of a diff with the class it is styled by: file, hunk, add, del, same."""
+
+    style: str
+    text: str
+
+
+def diff_lines(patch: str) -> list[DiffLine]:
+    """The lines of a unified diff, at most MAX_DIFF_LINES."""
+    return list(_diff_lines(patch))
+
+
+def _diff_lines(patch: str) -> Iterator[DiffLine]:
+    header = False
+    for count, line in enumerate(patch.splitlines()):
+        if count == MAX_DIFF_LINES:
+            yield DiffLine("hunk", "… the rest of this diff is not shown")
+            return
+        if line.startswith("diff --git "):
+            header = True
+            yield DiffLine("file", line.removeprefix("diff --git a/").partition(" b/")[0])
+        elif line.startswith("@@"):
+            header = False
+            yield DiffLine("hunk", line)
+        elif header:
+            if line.startswith(("new file", "deleted", "rename", "similarity", "Binary")):
+                yield DiffLine("hunk", line)
+        else:
+            yield DiffLine({"+": "add", "-": "del"}.get(line[:1], "same"), line)
