@@ -38,7 +38,7 @@ class Pinned(Folder):
 
 
 def card_of(
-    place: Path,
+    folder: Path,
     *,
     adapter_card: str = "",
     base_card: str = "---\nlicense: mit\n---\n",
@@ -49,19 +49,19 @@ def card_of(
     """The card of a merge of two small repositories with these cards."""
     config = config or {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     for name, card in (("adapter", adapter_card), ("base", base_card), ("out", "")):
-        (place / name).mkdir(exist_ok=True)
-        (place / name / "README.md").write_text(card)
-    (place / "out" / "config.json").write_text(json.dumps(config))
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "README.md").write_text(card)
+    (folder / "out" / "config.json").write_text(json.dumps(config))
     adapter_config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": True}
-    base = Pinned(place / "base", "demo/llama", BASE_SHA)
+    base = Pinned(folder / "base", "demo/llama", BASE_SHA)
     sources = Resolved(
-        adapters=(Adapter(Pinned(place / "adapter", "ada/answers", ADAPTER_SHA), adapter_config, "LORA"),),
+        adapters=(Adapter(Pinned(folder / "adapter", "ada/answers", ADAPTER_SHA), adapter_config, "LORA"),),
         base=BaseModel(base, config),
         tokenizer=base,
     )
     plan: Any = SimpleNamespace(strategy=Strategy.STREAM, consumed=14, adapter_tensors=14)
-    written = write_card(place / "out", sources=sources, plan=plan, report=report or REPORT, **options)
-    content = (place / "out" / "README.md").read_bytes()
+    written = write_card(folder / "out", sources=sources, plan=plan, report=report or REPORT, **options)
+    content = (folder / "out" / "README.md").read_bytes()
     assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert check_card(content.decode(), "model").errors == []
     return content.decode()
@@ -134,6 +134,20 @@ def test_usage_fits_the_architecture(architecture: str, expected: str, tmp_path:
     compile(snippet[1], "card", "exec")
     assert expected in snippet[1]
     assert '"ada/answers-merged"' in snippet[1]
+
+
+@pytest.mark.parametrize("modules", [False, True])
+def test_usage_finds_a_subfolder(modules: bool, tmp_path: Path) -> None:
+    """A model below a folder of its repository is loaded from there."""
+    (tmp_path / "out").mkdir()
+    if modules:
+        (tmp_path / "out" / "modules.json").write_text("[]")
+    text = card_of(tmp_path, place="ada/answers", subfolder="merged")
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippet is not None
+    compile(snippet[1], "card", "exec")
+    expected = '(f"{folder}/merged")' if modules else '("ada/answers", subfolder="merged"'
+    assert expected in snippet[1]
 
 
 def test_conflicting_licences_are_both_named(tmp_path: Path) -> None:

@@ -55,15 +55,16 @@ def write_card(
     sources: Resolved,
     plan: MergePlan,
     report: Mapping[str, Any],
-    settings: MergeSettings | None = None,
     table: str = "",
     license: str | None = None,
     place: str | None = None,
+    subfolder: str = "",
 ) -> OutputFile:
     """Write `destination`/README.md and return it.
 
     `report` is merge_report.json as far as it exists. `table` is the evidence as Markdown, written by us.
-    `license` overrides what the sources state. `place` is the Hub id under which the model will be found.
+    `license` overrides what the sources state. `place` is the Hub id under which the model will be found,
+    in its folder `subfolder`.
     """
     base, adapter = read_card(sources.base.repository), read_card(sources.adapter.repository)
     config = json.loads((destination / "config.json").read_text(encoding="utf-8"))
@@ -71,10 +72,10 @@ def write_card(
     sections = [
         front_matter(metadata(sources, config, base, adapter, decision.licence)),
         _introduction(sources),
-        _usage(destination, sources, config, place),
+        _usage(destination, sources, config, place, subfolder),
         _provenance(sources, plan, report),
         _equivalence(report, table),
-        _limits(sources, report, settings or MergeSettings()),
+        _limits(sources, report),
     ]
     if decision.note:
         sections.append(f"## Licence\n\n{sentence(decision.note)}")
@@ -97,9 +98,11 @@ def _introduction(sources: Resolved) -> str:
     )
 
 
-def _usage(folder: Path, sources: Resolved, config: Mapping[str, Any], place: str | None) -> str:
+def _usage(
+    folder: Path, sources: Resolved, config: Mapping[str, Any], place: str | None, subfolder: str
+) -> str:
     name = place or _default_place(sources)
-    shown = snippet(folder, config, place=name, code_needed=AUTO_MAP in config)
+    shown = snippet(folder, config, place=name, subfolder=subfolder, code_needed=AUTO_MAP in config)
     return f"## How to use\n\n```python\n{shown}```"
 
 
@@ -150,16 +153,17 @@ def _equivalence(report: Mapping[str, Any], table: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _limits(sources: Resolved, report: Mapping[str, Any], settings: MergeSettings) -> str:
+def _limits(sources: Resolved, report: Mapping[str, Any]) -> str:
     limits = [
         "Equivalence was judged against base + adapter on a limited set of probe texts; it says nothing about how "
         "good either of them is. What the base model and the adapter cannot do, this model cannot do.",
         "Weights stored in 16 bit round the update once; sampled text can differ where two tokens are almost equally "
         "likely.",
     ]
-    if settings.quantized_base is QuantizedBase.DEQUANTIZE:
+    reference = report.get("settings", {}).get("quantized_base")
+    if reference == QuantizedBase.DEQUANTIZE and "quantization_config" in sources.base.config:
         limits.append("The base model is stored quantised. The reference is its dequantised form, in 16 bit.")
-    if settings.quantized_base is QuantizedBase.ORIGINAL:
+    if reference == QuantizedBase.ORIGINAL:
         limits.append("The adapter was trained on a quantised base. The reference is the 16-bit original.")
     if sources.tokenizer is None:
         limits.append("The sources have no tokenizer; the outputs were compared on random token ids.")

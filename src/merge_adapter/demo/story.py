@@ -105,10 +105,10 @@ class _Story:
         with LocalHub(self._place / "hub", self._tokens, organizations) as hub, Receiver(secret) as receiver:
             os.environ["HF_ENDPOINT"] = hub.url
             self._fact("at", hub.url)
-            self._fact("users", f"{OWNER}, who trains models; {BOT}, which merges them; organisation demo")
+            self._fact("users", f"{OWNER}, who trains models, and {BOT}, both of the organisation demo")
             self._watch(hub.url, receiver.url, secret)
-            self._push(hub.url)
-            self._await(receiver)
+            adapter = self._push(hub.url)
+            self._await(receiver, adapter)
             outcome = self._merge(hub.url)
             publication = self._published(outcome)
             self._compare(hub.url, publication)
@@ -130,26 +130,30 @@ class _Story:
         )
         self._fact("delivers to", receiver)
 
-    def _push(self, endpoint: str) -> None:
+    def _push(self, endpoint: str) -> Push:
+        """Upload both; returns the push of the adapter, for which the webhook is to come."""
         self._begin(f"{OWNER} pushes a base model and an adapter")
-        api = self._api(endpoint, OWNER)
-        for repo_id, folder in ((BASE_ID, BASE), (ADAPTER_ID, ADAPTER)):
-            api.create_repo(repo_id)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload what was trained"
-            )
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            self._fact(repo_id, f"{size / 1e6:.1f} MB, commit {commit.oid[:12]}")
+        pushed = [self._upload(endpoint, BASE_ID, BASE), self._upload(endpoint, ADAPTER_ID, ADAPTER)]
+        return pushed[-1]
 
-    def _await(self, receiver: Receiver) -> Push:
-        """The webhook of the adapter's push; other pushes are no reason to merge."""
+    def _upload(self, endpoint: str, repo_id: str, folder: Path) -> Push:
+        api = self._api(endpoint, OWNER)
+        api.create_repo(repo_id)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload what was trained"
+        )
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        self._fact(repo_id, f"{size / 1e6:.1f} MB, commit {commit.oid[:12]}")
+        return Push(repo_id, commit.oid)
+
+    def _await(self, receiver: Receiver, expected: Push) -> None:
+        """Wait for the adapter's push; other pushes, such as a new repository's first commit, start no job."""
         self._begin("The webhook arrives")
         deadline = time.monotonic() + DELIVERY_SECONDS
         while (left := deadline - time.monotonic()) > 0:
-            push = receiver.wait(left)
-            if push is not None and push.repo_id == ADAPTER_ID:
-                self._fact("push", f"{push.repo_id} at {push.sha[:12]}")
-                return push
+            if receiver.wait(left) == expected:
+                self._fact("push", f"{expected.repo_id} at {expected.sha[:12]}")
+                return
         raise HubError(
             f"no webhook told of the push to {ADAPTER_ID} within {DELIVERY_SECONDS:.0f} s",
             hint="Something on this machine may block connections to 127.0.0.1.",

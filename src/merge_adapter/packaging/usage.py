@@ -73,6 +73,12 @@ from transformers import {auto}
 
 model = {auto}.from_pretrained({place}, dtype="auto")
 """
+_DOWNLOAD = """\
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{place}", allow_patterns="{subfolder}/*")
+
+"""
 _AUTO_CLASSES = (
     ("ForSequenceClassification", "AutoModelForSequenceClassification", _CLASSIFIER),
     ("ForTokenClassification", "AutoModelForTokenClassification", _CLASSIFIER),
@@ -85,16 +91,25 @@ _AUTO_CLASSES = (
 )
 
 
-def snippet(folder: Path, config: Mapping[str, Any], *, place: str, code_needed: bool) -> str:
+def snippet(
+    folder: Path, config: Mapping[str, Any], *, place: str, subfolder: str = "", code_needed: bool
+) -> str:
     """Python that loads the model in `folder` from `place` (a Hub id or a path) and uses it once.
 
-    `code_needed`: the model runs code of its repository, and loading it has to say so.
+    `subfolder`: where in that repository the model lies. `code_needed`: the model runs code of its
+    repository, and loading it has to say so.
     """
+    template, auto = _choose(folder, config)
     name = f'"{place}"'
+    opening = ""
+    if subfolder and template in (_SENTENCES, _PAIRS):  # sentence-transformers takes no subfolder
+        opening = _DOWNLOAD.format(place=place, subfolder=subfolder)
+        name = f'f"{{folder}}/{subfolder}"'
+    elif subfolder:
+        name += f', subfolder="{subfolder}"'
     if code_needed:
         name += ", trust_remote_code=True"
-    template, auto = _choose(folder, config)
-    return template.format(place=name, auto=auto)
+    return opening + template.format(place=name, auto=auto)
 
 
 def _choose(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
