@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from merge_adapter.accounting import account
-from merge_adapter.checkpoint.layout import Layout, find_layout
+from merge_adapter.checkpoint.layout import find_layout
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
-from merge_adapter.methods.adapter_file import AdapterFile, read_adapter
+from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
-from merge_adapter.methods.change import Change, Kind
+from merge_adapter.methods.change import Change, Kind, Planned
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import MergeSettings, Resolved, Strategy
 
+_STREAMED = "every change can be made tensor by tensor from the files"
+_BLOCKS = 6
+"""Blocks in float32 that a worker holds at a time."""
 _RUNTIME_BYTES = 300 << 20
 """Resident memory of Python with torch before any work."""
 
@@ -92,55 +95,47 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     layout = find_layout(sources.base.repository)
     base = layout.specs
     files = [read_adapter(adapter) for adapter in sources.adapters]
-    steps: list[Step] = []
-    notes: list[str] = []
-    config_changes: dict[str, Any] = {}
+    planned: list[Planned] = []
     consumed = 0
-    strategy, reason = Strategy.STREAM, "every change can be made tensor by tensor from the files"
-    for number, file in enumerate(files):
-        planned = plan_adapter(sources, settings, file.adapter, file.specs, base)
-        consumed += account(file.specs, planned.changes)
-        steps.extend(Step(change, number) for change in planned.changes)
-        notes.extend((*file.notes, *planned.notes))
-        config_changes.update(planned.config_changes)
-        if planned.strategy is Strategy.MEMORY:
-            strategy, reason = planned.strategy, planned.strategy_reason
-    made = _assemble(sources, settings, layout, files, steps, notes, config_changes, consumed)
-    return replace(made, strategy=strategy, strategy_reason=reason)
-
-
-def _assemble(
-    sources: Resolved,
-    settings: MergeSettings,
-    layout: Layout,
-    files: list[AdapterFile],
-    steps: list[Step],
-    notes: list[str],
-    config_changes: dict[str, Any],
-    consumed: int,
-) -> MergePlan:
+    for file in files:
+        made = plan_adapter(sources, settings, file.adapter, file.specs, base)
+        consumed += account(file.specs, made.changes)
+        planned.append(made)
+    steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
+    dropped = {name for made in planned for name in made.dropped}
+    kept = {name: spec for name, spec in base.items() if name not in dropped}
     written = {spec.name: spec for step in steps for spec in step.change.writes}
-    outputs = lay_out(layout, layout.specs, written.values(), settings.dtype)
-    index = INDEX if layout.index else None
-    index_bytes = len(index_text(outputs, layout.index_metadata)) if index else 0
+    outputs = lay_out(layout, kept, written.values(), settings.dtype)
+    notes = [
+        *(note for file in files for note in file.notes),
+        *(note for made in planned for note in made.notes),
+    ]
+    in_memory = next((made for made in planned if made.strategy is Strategy.MEMORY), None)
     final = {spec.name: spec for shard in outputs for spec in shard.tensors}
-    total = sum(shard.bytes for shard in outputs) + index_bytes
+    total = sum(shard.bytes for shard in outputs)
+    if layout.index:
+        total += len(index_text(outputs, layout.index_metadata))
     return MergePlan(
         method=sources.adapter.method,
-        strategy=Strategy.STREAM,
-        strategy_reason="",
-        steps=tuple(steps),
+        strategy=in_memory.strategy if in_memory else Strategy.STREAM,
+        strategy_reason=in_memory.strategy_reason if in_memory else _STREAMED,
+        steps=steps,
         outputs=outputs,
         adapter_tensors=sum(len(file.specs) for file in files),
         consumed=consumed,
         bytes_read=layout.bytes + sum(file.layout.bytes for file in files),
         bytes_written=total,
         bytes_changed=sum(final[name].nbytes for name in written),
-        memory_bytes=_RUNTIME_BYTES
-        + 2 * (6 * 4 * BLOCK_ELEMENTS + max((step.change.memory_bytes for step in steps), default=0)),
+        memory_bytes=_memory(steps),
         disk_bytes=total,
-        index=index,
+        index=INDEX if layout.index else None,
         index_metadata=layout.index_metadata,
-        config_changes=config_changes,
+        config_changes={key: value for made in planned for key, value in made.config_changes.items()},
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _memory(steps: tuple[Step, ...]) -> int:
+    """Peak bytes with two workers, each with a few blocks and the costliest change."""
+    largest = max((step.change.memory_bytes for step in steps), default=0)
+    return _RUNTIME_BYTES + 2 * (_BLOCKS * 4 * BLOCK_ELEMENTS + largest)

@@ -172,10 +172,12 @@ class Replacement:
     kind: Kind = Kind.REPLACE
     also_consumes: tuple[str, ...] = ()
     """Adapter tensors that hold the same values again, or frozen copies that are rightly not used."""
+    counted: bool = True
+    """False where another change accounts for the tensors: a second place that gets the same values."""
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        return (self.source, *self.also_consumes)
+        return (self.source, *self.also_consumes) if self.counted else ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -315,6 +317,15 @@ class NameMap(Protocol):
         """Module paths that own at least one parameter, in the model's order where it is known."""
         ...
 
+    def module(self, path: str) -> Any | None:
+        """The module itself, on the meta device; None where the map has no model or the model no such module."""
+        ...
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Disk tensors that no parameter of the adapted model takes: heads of another class, for one."""
+        ...
+
 
 # --------------------------------------------------------------------------------------------- planners
 
@@ -347,6 +358,8 @@ class Planned:
     notes: tuple[str, ...] = ()
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json that the method itself calls for; None removes a key."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the base that the merged model's class does not have, left out of the output."""
     strategy: Strategy = Strategy.STREAM
     strategy_reason: str = ""
     """Why not streamed, one sentence without its full stop; "" when it is."""

@@ -1,24 +1,30 @@
-"""LoRA's family in closed form: what the adapter's tensors are, and the changes they make."""
+"""LoRA's family in closed form: what the adapter's tensors are, and what they do to each parameter."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_adapter.errors import AccountingError, MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX
-from merge_adapter.methods.change import Change, Context, Kind, ModuleKind, Planned, RowChange, TensorSpec
-from merge_adapter.methods.lora_arithmetic import LowRank, ScaledSum
-from merge_adapter.methods.replacements import plan_replacements
-from merge_adapter.methods.targets import OnDisk, check_shape, locate, no_target
+from merge_adapter.methods.change import Context, Kind, ModuleKind, Planned, TensorSpec
+from merge_adapter.methods.edits import Edit, check_shape, place, shape_of
+from merge_adapter.methods.heads import head_changes
+from merge_adapter.methods.lora_arithmetic import LowRank, LowRankStack, ScaledSum
+from merge_adapter.methods.lora_targets import named_parameters, parameter_of
+from merge_adapter.methods.replacements import replacement_edits
+from merge_adapter.methods.resizing import vocabularies
+from merge_adapter.methods.tokens import token_edits
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<leaf>\.weight|\.bias)?"
 )
+_TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\..+)?")
+"""State of training-time samplers, which PEFT's merge ignores too: VeLoRA, MonteCLoRA."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Factors:
     """The tensors of one adapted module, by what they are."""
 
     module: str
+    """Path in the adapter's names; for several parameters of one module with `.base_layer` inside."""
     parts: Mapping[str, TensorSpec] = field(default_factory=dict)
     """`lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B`, `lora_magnitude_vector`."""
 
@@ -38,39 +45,48 @@ class Factors:
         return "lora_embedding_A" in self.parts
 
 
+@dataclass(frozen=True)
+class Sorted:
+    """An adapter's tensors by what they are."""
+
+    factors: tuple[Factors, ...]
+    training_only: tuple[TensorSpec, ...]
+    rest: Mapping[str, TensorSpec]
+    """Path without PEFT's prefix -> tensor."""
+
+
 def plan_lora(context: Context) -> Planned:
     """Plan a LoRA adapter. Raises AccountingError, ShapeError, MethodError."""
-    factors, rest = split_factors(context.tensors)
-    missing: dict[str, tuple[str, ...]] = {}
-    changes: list[Change] = []
-    for module in factors:
-        made = _plan_module(context, module)
-        if made:
-            changes.extend(made)
-        else:
-            missing[f"{module.module}.weight"] = module.names
-    if missing:
-        raise no_target(missing)
-    replaced = plan_replacements(context, rest)
+    found = sort_tensors(context.tensors)
+    tokens, parameters = token_edits(context, found.rest)
     # Trained tensors take the base's place before anything is added to them.
-    return replace(replaced, changes=(*replaced.changes, *changes))
+    edits = [*replacement_edits(context, parameters), *tokens]
+    trained = {edit.parameter: edit.shape for edit in edits if edit.arithmetic is None and edit.shape}
+    for factors in found.factors:
+        edits.extend(_module_edits(context, factors, trained))
+    if found.training_only and edits:
+        unused = tuple(spec.name for spec in found.training_only)
+        edits[-1] = replace(edits[-1], consumes=(*edits[-1].consumes, *unused))
+    placed = place(context, edits)
+    return head_changes(context, edits, placed)
 
 
-def split_factors(
-    tensors: Mapping[str, TensorSpec],
-) -> tuple[tuple[Factors, ...], dict[str, TensorSpec]]:
-    """The adapted modules, and whatever is not a part of LoRA: parameter name -> tensor."""
+def sort_tensors(tensors: Mapping[str, TensorSpec]) -> Sorted:
+    """Find the adapted modules, and what is not a part of LoRA."""
     modules: dict[str, dict[str, TensorSpec]] = {}
-    rest: dict[str, TensorSpec] = {}
+    training_only, rest = [], {}
     for name, spec in tensors.items():
         path = name.removeprefix(PREFIX)
         match = _PART.fullmatch(path)
-        if match is None:
+        if match is not None:
+            part = match["part"] + (match["leaf"] or "").replace(".weight", "")
+            modules.setdefault(match["module"], {})[part] = spec
+        elif _TRAINING_ONLY.fullmatch(path):
+            training_only.append(spec)
+        else:
             rest[path] = spec
-            continue
-        part = match["part"] + (match["leaf"] or "").replace(".weight", "")
-        modules.setdefault(match["module"], {})[part] = spec
-    return tuple(Factors(module, parts) for module, parts in modules.items()), rest
+    factors = tuple(Factors(module, parts) for module, parts in modules.items())
+    return Sorted(factors, tuple(training_only), rest)
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -94,45 +110,51 @@ def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     return module
 
 
-def _plan_module(context: Context, factors: Factors) -> list[Change]:
-    """The changes of one module; empty when the base does not have it."""
-    target = locate(context, f"{factors.module}.weight")
-    if not isinstance(target, OnDisk):
-        return []
-    low_rank = _low_rank(context, factors, target.tensor)
-    consumes = [low_rank.left, low_rank.right]
-    if low_rank.magnitude is not None:
-        consumes.append(low_rank.magnitude)
-    kind = Kind.ADDITIVE if low_rank.magnitude is None else Kind.MULTIPLICATIVE
-    changes: list[Change] = [RowChange(target.tensor, factors.module, tuple(consumes), kind, low_rank)]
-    bias = factors.parts.get("lora_B.bias")
-    if bias is not None:
-        changes.append(_plan_bias(context, factors, bias, low_rank.scale))
-    return changes
-
-
-def _low_rank(context: Context, factors: Factors, tensor: TensorSpec) -> LowRank:
-    """The arithmetic of a module's weight, its shapes checked against the base."""
+def _module_edits(
+    context: Context, factors: Factors, trained: Mapping[str, tuple[int, ...]]
+) -> Iterator[Edit]:
+    """What one adapted module does: to its weight, and with `lora_bias` to its bias."""
+    parameter = parameter_of(context, factors.module, factors.embedding)
+    module = parameter.rpartition(".")[0]
     a, b = _pair(factors)
+    shape = trained.get(parameter) or shape_of(context, parameter)
+    if shape is not None and len(shape) == 3 and context.names.kind(module) is not ModuleKind.CONV:
+        yield _stack_edit(context, factors, parameter, shape)
+        return
     rank = a.shape[0]
     if len(b.shape) < 2 or b.shape[1] != rank:
         raise ShapeError(
             f"{factors.module}: expected lora_B of rank {rank}, got shape {list(b.shape)}.",
             hint="Save the adapter again; its two factors do not belong together.",
         )
-    scale = scale_of(context.config, factors.module, rank)
-    transposed = factors.embedding or context.names.kind(factors.module) is ModuleKind.CONV1D
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    scale = scale_of(context.config, _pattern_path(parameter), rank) * context.adapter.weight
+    yield _weight_edit(context, factors, parameter, shape, scale)
+    bias = factors.parts.get("lora_B.bias")
+    if bias is not None:
+        yield _bias_edit(context, factors, bias, scale)
+
+
+def _weight_edit(
+    context: Context, factors: Factors, parameter: str, shape: tuple[int, ...] | None, scale: float
+) -> Edit:
+    a, b = _pair(factors)
+    module = parameter.rpartition(".")[0]
+    by_name = parameter in named_parameters(context, module)
+    conv1d = not by_name and context.names.kind(module) is ModuleKind.CONV1D
+    transposed = factors.embedding or conv1d
     out, into = b.shape[0], math.prod(a.shape[1:])
-    check_shape(f"{factors.module}.weight", (rows, columns), (into, out) if transposed else (out, into))
+    rows, columns = (into, out) if transposed else (out, into)
+    if shape is not None:
+        _check_weight(context, parameter, shape, rows, columns)
     magnitude = factors.parts.get("lora_magnitude_vector")
-    if magnitude is not None and math.prod(magnitude.shape) != (columns if transposed else rows):
-        check_shape(f"{magnitude.name}", (columns if transposed else rows,), magnitude.shape)
+    if magnitude is not None:
+        _check_magnitude(context, magnitude, columns if transposed else rows)
     left, right = (a, b) if transposed else (b, a)
-    return LowRank(
+    consumes = (left.name, right.name, *((magnitude.name,) if magnitude else ()))
+    arithmetic = LowRank(
         left=left.name,
         right=right.name,
-        rank=rank,
+        rank=a.shape[0],
         scale=scale,
         transposed=transposed,
         magnitude=magnitude.name if magnitude else None,
@@ -140,6 +162,54 @@ def _low_rank(context: Context, factors: Factors, tensor: TensorSpec) -> LowRank
         rows=rows,
         columns=columns,
     )
+    return Edit(parameter, consumes, Kind.MULTIPLICATIVE if magnitude else Kind.ADDITIVE, arithmetic)
+
+
+def _check_weight(context: Context, parameter: str, shape: tuple[int, ...], rows: int, columns: int) -> None:
+    """The delta must have the base's shape; a vocabulary that differs is said as such."""
+    if (shape[0], math.prod(shape[1:])) == (rows, columns):
+        return
+    hint = ""
+    if (
+        shape[0] != rows
+        and math.prod(shape[1:]) == columns
+        and shape[0] in vocabularies(context.sources.base.config)
+    ):
+        hint = (
+            f"The adapter was trained with a vocabulary of {rows} tokens, the base has {shape[0]}: the embeddings"
+            " were resized for training but not saved. Save the adapter with save_embedding_layers=True."
+        )
+    check_shape(parameter, shape, (rows, columns), hint=hint)
+
+
+def _check_magnitude(context: Context, magnitude: TensorSpec, expected: int) -> None:
+    if not context.config.get("use_dora"):
+        raise MethodError(
+            f"{magnitude.name} is a magnitude vector of DoRA, but adapter_config.json does not set use_dora.",
+            hint="Set use_dora to true in adapter_config.json if the adapter was trained with DoRA.",
+        )
+    if math.prod(magnitude.shape) != expected:
+        check_shape(magnitude.name, (expected,), magnitude.shape)
+
+
+def _stack_edit(context: Context, factors: Factors, parameter: str, shape: tuple[int, ...]) -> Edit:
+    """LoRA on a stack of experts `[experts, …, …]`: both factors hold one block per expert."""
+    a, b = _pair(factors)
+    experts = shape[0]
+    if a.shape[0] % experts or b.shape[1] != a.shape[0]:
+        raise ShapeError(
+            f"{parameter}: expected factors of rank times {experts} experts, got {list(a.shape)} and "
+            f"{list(b.shape)}.",
+            hint="The adapter was trained on a base with another number of experts.",
+        )
+    module = context.names.module(parameter.rpartition(".")[0])
+    into_first = bool(getattr(module, "is_transposed", False))
+    rank = a.shape[0] // experts
+    out, into = b.shape[0], a.shape[1]
+    check_shape(parameter, shape, (experts, into, out) if into_first else (experts, out, into))
+    scale = scale_of(context.config, parameter, rank) * context.adapter.weight
+    arithmetic = LowRankStack(a.name, b.name, experts, rank, scale, into_first, elements=math.prod(shape))
+    return Edit(parameter, (a.name, b.name), Kind.ADDITIVE, arithmetic)
 
 
 def _pair(factors: Factors) -> tuple[TensorSpec, TensorSpec]:
@@ -152,22 +222,27 @@ def _pair(factors: Factors) -> tuple[TensorSpec, TensorSpec]:
             hint="The adapter's file is incomplete; save it again.",
         )
     a, b = (factors.parts[name] for name in names)
-    if len(a.shape) < 2 or 0 in a.shape:
-        raise ShapeError(
-            f"{a.name}: expected [rank, inputs], got {list(a.shape)}.",
-            hint="Weights were saved ungathered (DeepSpeed ZeRO-3, FSDP); gather them and save again.",
-        )
+    for spec in (a, b):
+        if len(spec.shape) < 2 or 0 in spec.shape:
+            raise ShapeError(
+                f"{spec.name}: expected a matrix, got {list(spec.shape)}.",
+                hint="Weights were saved ungathered (DeepSpeed ZeRO-3, FSDP); gather them and save again.",
+            )
     return a, b
 
 
-def _plan_bias(context: Context, factors: Factors, bias: TensorSpec, scale: float) -> Change:
-    target = locate(context, f"{factors.module}.bias")
-    if not isinstance(target, OnDisk):
+def _bias_edit(context: Context, factors: Factors, bias: TensorSpec, scale: float) -> Edit:
+    parameter = f"{factors.module.replace('.base_layer', '')}.bias"
+    shape = shape_of(context, parameter)
+    if shape is None:
         raise MethodError(
             f"{factors.module}: the adapter has a bias (lora_bias=True), the base has none to add it to.",
             hint="This architecture cannot hold the bias; keep the adapter unmerged.",
         )
-    check_shape(bias.name, target.tensor.shape, bias.shape)
-    return RowChange(
-        target.tensor, f"{factors.module}.bias", (bias.name,), Kind.ADDITIVE, ScaledSum(bias.name, scale)
-    )
+    check_shape(bias.name, shape, bias.shape)
+    return Edit(parameter, (bias.name,), Kind.ADDITIVE, ScaledSum(bias.name, scale))
+
+
+def _pattern_path(parameter: str) -> str:
+    """What PEFT matches patterns against: the module's path, for a weight."""
+    return parameter.removesuffix(".weight")

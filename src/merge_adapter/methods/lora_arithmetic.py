@@ -62,6 +62,37 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class LowRankStack:
+    """One low-rank sum per expert of a stack `[experts, …, …]`, the factors of all experts side by side.
+
+    A is `[experts * r, inputs]`, expert by expert; B is `[outputs, r * experts]`, rank by rank.
+    """
+
+    a: str
+    b: str
+    experts: int
+    rank: int
+    scale: float
+    into_first: bool
+    """Whether the stack is `[experts, inputs, outputs]`; else `[experts, outputs, inputs]`."""
+    elements: int
+    """Of the whole stack."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return 8 * self.elements // max(self.experts, 1)
+
+    def kernel(self, adapter: Weights) -> RowKernel:
+        from merge_adapter.methods import lora_kernels
+
+        a, b = adapter.read(self.a).float(), adapter.read(self.b).float()
+        a = a.reshape(self.experts, self.rank, a.shape[1])  # [experts, r, inputs]
+        b = b.reshape(b.shape[0], self.rank, self.experts).permute(2, 0, 1)  # [experts, outputs, r]
+        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.into_first else (b, a)
+        return lora_kernels.LowRankStackKernel((left * self.scale).contiguous(), right.contiguous())
+
+
+@dataclass(frozen=True)
 class ScaledSum:
     """D = scale * a vector of the adapter: the bias of lora_B."""
 

@@ -59,6 +59,28 @@ class ColumnDoraKernel(LowRankKernel):
         torch.sub(merged, block, out=update)
 
 
+class LowRankStackKernel(RowKernel):
+    """The same for a stack: row e of the block is expert e, flattened."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left = left  # [experts, p, r]
+        self._right = right  # [experts, r, q]
+
+    def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:
+        rows = slice(start, start + block.shape[0])
+        stack = update.view(block.shape[0], self._left.shape[1], self._right.shape[2])  # [n, p, q]
+        torch.bmm(self._left[rows], self._right[rows], out=stack)
+        torch.add(block, update, out=merged)
+
+
+class SameKernel(RowKernel):
+    """W as it is."""
+
+    def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:  # noqa: ARG002
+        merged.copy_(block)
+        update.zero_()
+
+
 class SumKernel(RowKernel):
     """W + a tensor of the same rows."""
 

@@ -1,35 +1,48 @@
-"""Trained tensors that take the place of the base's, or are added to it: modules_to_save, bias=, heads."""
+"""Trained tensors that take the place of the base's, or join them: modules_to_save, bias=, saved embeddings."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
-from merge_adapter.methods.change import FLOATING, Change, Context, Kind, Planned, Replacement, TensorSpec
-from merge_adapter.methods.targets import Absent, OnDisk, check_shape, locate
+from merge_adapter.methods.change import Context, Kind, TensorSpec
+from merge_adapter.methods.edits import Edit
+
+_FROZEN = ".original_module."
+_BASE = ".base_layer."
 
 
-def plan_replacements(context: Context, parameters: Mapping[str, TensorSpec]) -> Planned:
-    """Plan tensors that are parameters of the model: name of the parameter -> tensor of the adapter."""
-    changes: list[Change] = []
+def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) -> list[Edit]:
+    """Edits for tensors that are parameters of the model: path in the adapter -> tensor.
+
+    Frozen copies that PEFT keeps beside a trained module are used up by it.
+    """
+    frozen: dict[str, list[str]] = {}
+    trained: dict[str, TensorSpec] = {}
     for path, spec in parameters.items():
-        parameter = path.replace(".base_layer.", ".")
-        changes.append(_replacement(context, parameter, spec))
-    return Planned(tuple(changes))
+        if _FROZEN in path:
+            frozen.setdefault(path.replace(_FROZEN, "."), []).append(spec.name)
+        else:
+            trained[path.replace(_BASE, ".")] = spec
+    edits = []
+    for parameter, spec in trained.items():
+        edits.append(
+            Edit(
+                parameter,
+                (spec.name, *frozen.pop(parameter, ())),
+                Kind.REPLACE,
+                shape=spec.shape,
+                follows_ties=not _trained(context, parameter),
+            )
+        )
+    # A frozen copy without its trained module has no place; as an edit of itself it is found out.
+    edits.extend(Edit(name, tuple(tensors), Kind.REPLACE, shape=(-1,)) for name, tensors in frozen.items())
+    return edits
 
 
-def usual_dtype(base: Mapping[str, TensorSpec]) -> str:
-    """The floating dtype that most of the base's tensors have."""
-    counts = Counter(spec.dtype for spec in base.values() if spec.dtype in FLOATING)
-    return counts.most_common(1)[0][0] if counts else "F32"
-
-
-def _replacement(context: Context, parameter: str, spec: TensorSpec) -> Change:
-    target = locate(context, parameter)
-    if isinstance(target, OnDisk):
-        check_shape(parameter, target.tensor.shape, spec.shape)
-        return Replacement(target.tensor, parameter, spec.name)
-    name = context.names.disk_name(parameter)
-    added = TensorSpec(name, usual_dtype(context.base), spec.shape)
-    assert isinstance(target, Absent)
-    return Replacement(added, parameter, spec.name, kind=Kind.ADD)
+def _trained(context: Context, parameter: str) -> bool:
+    """Whether the adapter was told to train this module; if not, it was saved because it was resized."""
+    module = parameter.rpartition(".")[0]
+    wanted = context.config.get("modules_to_save") or ()
+    return any(
+        module == name or module.endswith(f".{name}") or f".{name}." in f".{module}." for name in wanted
+    )

@@ -132,3 +132,18 @@ def kept_and_asked(before: Tensor, after: Tensor, update: Tensor) -> tuple[float
     torch.sub(after, before, out=after)
     flat = update.reshape(-1)
     return float(torch.dot(after.reshape(-1), flat)), float(torch.dot(flat, flat))
+
+
+def change_whole(tensor: Tensor, kernel: RowKernel) -> Tensor:
+    """A float32 tensor after one kernel, in new memory; the cut into blocks is that of a tensor on disk."""
+    rows, step = as_rows(tensor), block_rows(tuple(tensor.shape))
+    starts = range(0, rows.shape[0], step)
+    if kernel.surveys:
+        for start in starts:
+            kernel.survey(rows[start : start + step], start)
+    merged = torch.empty_like(rows)
+    update = torch.empty(step, rows.shape[1])
+    for start in starts:
+        block = rows[start : start + step]
+        kernel.apply(block, start, merged[start : start + step], update[: block.shape[0]])
+    return merged.view(tensor.shape)

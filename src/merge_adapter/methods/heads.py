@@ -1,0 +1,126 @@
+"""What the config must say after a merge: class, labels, vocabulary, ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_adapter.errors import ShapeError
+from merge_adapter.methods.change import Context, Planned
+from merge_adapter.methods.edits import Edit, Placed, config_without_ties
+from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED, vocabularies
+
+_HEADED = (*LABELLED, "QUESTION_ANS")
+_PER_TOKEN = frozenset(
+    {
+        "lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings",
+        "token_embedding", "predictions",
+    }
+)  # fmt: skip
+"""Last parts of the paths of modules that have one row per token."""
+
+
+def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Planned:
+    """The plan of an adapter whose edits are placed, with the edits of config.json they call for."""
+    base = dict(context.sources.base.config)
+    config: dict[str, Any] = config_without_ties(base) if placed.untied else {}
+    notes = list(placed.notes)
+    dropped: tuple[str, ...] = ()
+    architecture = _new_architecture(context, placed)
+    if architecture is not None:
+        config["architectures"] = [architecture]
+        dropped = context.names.unused
+        notes.append(f"The merged model is a {architecture}.")
+        if dropped:
+            notes.append(
+                f"Tensors of the base that {architecture} does not have are left out: {_some(dropped)}."
+            )
+    config |= _labels(context, edits, notes)
+    _vocabulary(context, placed, {**base, **config}, config, notes)
+    return Planned(placed.changes, tuple(notes), config, dropped=dropped)
+
+
+def _new_architecture(context: Context, placed: Placed) -> str | None:
+    """The class of the merged model where it is not the base's own."""
+    found = context.names.architecture
+    if found is None or found in (context.sources.base.config.get("architectures") or ()):
+        return None
+    weights = [name for name in placed.added if name.endswith(".weight")]
+    headed = context.config.get("task_type") in _HEADED
+    return found if weights or headed else None
+
+
+def _labels(context: Context, edits: Sequence[Edit], notes: list[str]) -> dict[str, Any]:
+    """`id2label` and its like where the adapter's head has another number of labels than the base says."""
+    if context.config.get("task_type") not in LABELLED:
+        return {}
+    shapes = [edit.shape for edit in edits if edit.parameter.endswith(LABEL_HEADS) and edit.shape]
+    if not shapes:
+        return {}
+    count, config = shapes[0][0], context.sources.base.config
+    known = config.get("id2label")
+    if count == (len(known) if isinstance(known, Mapping) else config.get("num_labels", 2)):
+        return {}
+    names = [f"LABEL_{number}" for number in range(count)]
+    notes.append(
+        f"The head has {count} labels; adapters do not record their names, so they are {_some(names)}."
+    )
+    changes: dict[str, Any] = {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+    if "num_labels" in config:
+        changes["num_labels"] = count
+    return changes
+
+
+def _vocabulary(
+    context: Context, placed: Placed, merged: Mapping[str, Any], config: dict[str, Any], notes: list[str]
+) -> None:
+    """Follow a vocabulary that was resized in training, and make sure that all of the model does."""
+    sizes = vocabularies(context.sources.base.config)
+    written = {spec.name: spec for change in placed.changes for spec in change.writes}
+    resized = {
+        (context.base[name].shape[0], spec.shape[0])
+        for name, spec in written.items()
+        if name in context.base and context.base[name].shape[:1] != spec.shape[:1]
+        if context.base[name].shape[0] in sizes and _per_token(name)
+    }
+    for before, after in resized:
+        stale = [
+            name
+            for name, spec in {**context.base, **written}.items()
+            if spec.shape[:1] == (before,) and _per_token(name)
+        ]
+        if len(resized) > 1 or stale:
+            raise ShapeError(
+                f"The vocabulary was resized from {before} to {after} tokens in training, but the adapter has no"
+                f" rows of that size for {_some(stale) or 'all embeddings'}.",
+                hint="Save the adapter with save_embedding_layers=True, so that all embeddings are in it.",
+            )
+        config |= _with_vocabulary(merged, before, after)
+        notes.append(f"The vocabulary was resized from {before} to {after} tokens in training.")
+
+
+def _with_vocabulary(merged: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    edits: dict[str, Any] = {}
+    if merged.get("vocab_size") == before:
+        edits["vocab_size"] = after
+    for key, value in merged.items():
+        if isinstance(value, Mapping) and value.get("vocab_size") == before:
+            edits[key] = {**value, "vocab_size": after}
+    return edits
+
+
+def _per_token(name: str) -> bool:
+    parts = name.split(".")
+    return (
+        parts[-1] in ("weight", "bias")
+        and len(parts) > 1
+        and (parts[-2] in _PER_TOKEN or parts[-3:-1] == ["predictions", "decoder"])
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

@@ -1,0 +1,40 @@
+"""Which parameter the factors of one adapted module belong to."""
+
+from __future__ import annotations
+
+from merge_adapter.errors import AccountingError
+from merge_adapter.methods.change import Context
+
+_INSIDE = ".base_layer"
+
+
+def parameter_of(context: Context, path: str, embedding: bool) -> str:  # noqa: FBT001 - one of two kinds
+    """The parameter that a module's factors change: its weight, unless the config names parameters.
+
+    With `target_parameters` PEFT wraps the module once per parameter, in the order in which the module holds
+    them, each wrapper inside the next; `path` has one `.base_layer` for each wrapper outside. Raises
+    AccountingError where that leads to no parameter.
+    """
+    module = path.replace(_INSIDE, "")
+    targeted = () if embedding else named_parameters(context, module)
+    if not targeted:
+        return f"{module}.weight"
+    outside = path.count(_INSIDE)
+    if outside >= len(targeted):
+        raise AccountingError(
+            f"{path}: the adapter changes {outside + 1} or more parameters of {module}, its config names "
+            f"{len(targeted)}: {', '.join(targeted)}.",
+            tensors=(path,),
+            hint="adapter_config.json does not belong to these weights.",
+        )
+    return targeted[len(targeted) - 1 - outside]
+
+
+def named_parameters(context: Context, module: str) -> tuple[str, ...]:
+    """The parameters of a module that the config targets by name, in the module's own order."""
+    wanted = context.config.get("target_parameters") or ()
+    found = context.names.module(module) if wanted else None
+    if found is None:
+        return ()
+    names = [f"{module}.{name}" for name, _ in found.named_parameters(recurse=False)]
+    return tuple(name for name in names if any(name == key or name.endswith(f".{key}") for key in wanted))

@@ -1,0 +1,67 @@
+"""Single rows of an embedding trained by themselves: LoRA's `trainable_token_indices`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from merge_adapter.errors import AccountingError, MalformedError, ShapeError
+from merge_adapter.methods.change import Context, Kind, TensorSpec
+from merge_adapter.methods.edits import Edit, check_shape, shape_of
+from merge_adapter.methods.lora_arithmetic import NewRows
+
+_SUFFIX = ".token_adapter.trainable_tokens_delta"
+
+
+def token_edits(
+    context: Context, parameters: Mapping[str, TensorSpec]
+) -> tuple[list[Edit], dict[str, TensorSpec]]:
+    """The edits of trained tokens, and the tensors that are something else."""
+    edits: list[Edit] = []
+    rest: dict[str, TensorSpec] = {}
+    for path, spec in parameters.items():
+        if path.endswith(_SUFFIX):
+            edits.append(_edit(context, path.removesuffix(_SUFFIX), spec))
+        else:
+            rest[path] = spec
+    return edits, rest
+
+
+def _edit(context: Context, module: str, spec: TensorSpec) -> Edit:
+    rows = _indices(context, module, spec)
+    parameter = f"{module}.weight"
+    shape = shape_of(context, parameter)
+    if shape is not None:
+        check_shape(spec.name, (len(rows), *shape[1:]), spec.shape)
+        beyond = [row for row in rows if not 0 <= row < shape[0]]
+        if beyond:
+            raise ShapeError(
+                f"{parameter}: the adapter trained the tokens {beyond}, the base's vocabulary has {shape[0]}.",
+                hint="The vocabulary was grown for training; save the adapter with save_embedding_layers=True.",
+            )
+    return Edit(parameter, (spec.name,), Kind.REPLACE, NewRows(spec.name, rows), follows_ties=True)
+
+
+def _indices(context: Context, module: str, spec: TensorSpec) -> tuple[int, ...]:
+    """Token ids in the order of the rows of `spec`."""
+    given = context.config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next(
+            (ids for name, ids in given.items() if module == name or module.endswith(f".{name}")), None
+        )
+    if given is None:
+        raise AccountingError(
+            f"{spec.name} holds trained tokens, but adapter_config.json names none for {module}.",
+            tensors=(spec.name,),
+            hint="Restore trainable_token_indices in adapter_config.json.",
+        )
+    if not isinstance(given, list) or not all(type(row) is int for row in given):
+        raise MalformedError(
+            f"adapter_config.json: expected trainable_token_indices to list token ids, got {given!r:.200}.",
+            hint="Save the adapter again.",
+        )
+    if len(given) != len(set(given)) or (spec.shape and len(given) != spec.shape[0]):
+        raise ShapeError(
+            f"{spec.name}: expected one row for each of {len(given)} different tokens, got {list(spec.shape)}.",
+            hint="adapter_config.json does not belong to these weights.",
+        )
+    return tuple(given)

@@ -1,0 +1,142 @@
+"""Tied parameters: which edits part them, and what each of them becomes.
+
+In training an adapter changes one of two tied parameters alone: PEFT wraps the module, the shared weight
+below stays as it was. Folding the change into the one tensor on disk would change both. So the changed one
+gets a tensor of its own, and the config says that nothing is tied any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from merge_adapter.errors import MethodError
+from merge_adapter.methods.change import Change, Context, Kind, RowChange, RowKernel, TensorSpec, Weights
+
+if TYPE_CHECKING:
+    from merge_adapter.methods.edits import Edit
+
+_SCALED_BY_TIE = frozenset({"t5", "mt5", "umt5", "switch_transformers", "longt5", "udop", "t5gemma"})
+"""Model types whose forward pass itself depends on `tie_word_embeddings`, so that it cannot be turned off."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """Row arithmetic that changes nothing: an untied copy."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return 0
+
+    def kernel(self, adapter: Weights) -> RowKernel:  # noqa: ARG002 - nothing of the adapter is needed
+        from merge_adapter.methods.lora_kernels import SameKernel
+
+        return SameKernel()
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What tied parameters call for."""
+
+    edits: tuple[Edit, ...]
+    """The edits, those that say the same of two tied parameters folded into one."""
+    parted: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """Parameter -> the new tensor that it gets; its values start from the one it shared."""
+    copies: tuple[Change, ...] = ()
+    """Tensors for parameters that nothing changes, but that lose the one they shared."""
+    untied: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def find_ties(context: Context, edits: Sequence[Edit]) -> Ties:
+    """Look at every set of tied parameters that an edit touches."""
+    found = Ties(tuple(edits))
+    done: set[str] = set()
+    for edit in edits:
+        if edit.parameter in done or not context.names.tied(edit.parameter):
+            continue
+        members = tuple(sorted((edit.parameter, *context.names.tied(edit.parameter))))
+        done.update(members)
+        touched = [one for one in edits if one.parameter in members]
+        found = (
+            replace(found, edits=_folded(context, found.edits, members))
+            if _alike(context, touched)
+            else _parted(context, found, members, frozenset(one.parameter for one in touched))
+        )
+    return found
+
+
+def _alike(context: Context, touched: Sequence[Edit]) -> bool:
+    """Whether all members change in the same way, so that the tie can stay."""
+    if all(edit.follows_ties for edit in touched):
+        return True
+    return bool(context.config.get("ensure_weight_tying")) and len({edit.kind for edit in touched}) == 1
+
+
+def _folded(context: Context, edits: Sequence[Edit], members: tuple[str, ...]) -> tuple[Edit, ...]:
+    """The edits with each disk tensor of the members changed once.
+
+    Members that share one disk tensor need one of their edits; the others' adapter tensors, which hold the
+    same values again, count as used by it. A member with a disk tensor of its own and no edit gets the others'.
+    """
+    own: dict[str | None, list[str]] = {}
+    for name in members:
+        own.setdefault(context.names.direct(name), []).append(name)
+    edited = [name for name in members if any(edit.parameter == name for edit in edits)]
+    first = [edit for edit in edits if edit.parameter == edited[0]]
+    kept = [edit for edit in edits if edit.parameter not in members]
+    for names in own.values():
+        here = [name for name in edited if name in names]
+        if not here:
+            kept.extend(replace(edit, parameter=names[0], counted=False) for edit in first)
+            continue
+        again = tuple(tensor for edit in edits if edit.parameter in here[1:] for tensor in edit.consumes)
+        mine = [edit for edit in edits if edit.parameter == here[0]]
+        kept.append(replace(mine[0], consumes=(*mine[0].consumes, *again)))
+        kept.extend(mine[1:])
+    return tuple(kept)
+
+
+def _parted(context: Context, found: Ties, members: tuple[str, ...], changed: frozenset[str]) -> Ties:
+    """Each member with a tensor of its own."""
+    _check_can_part(context, members)
+    parted, copies = dict(found.parted), list(found.copies)
+    for name in members:
+        made = _own_tensor(context, name)
+        if made is None:
+            continue
+        if name in changed:
+            parted[name] = made
+        else:
+            copies.append(_copy(context, name, made))
+    note = (
+        f"{' and '.join(members)} were tied in the base and are no longer: the adapter changed"
+        f" {' and '.join(sorted(changed))} by itself."
+    )
+    return replace(found, parted=parted, copies=tuple(copies), untied=True, notes=(*found.notes, note))
+
+
+def _check_can_part(context: Context, members: tuple[str, ...]) -> None:
+    model_type = context.sources.base.config.get("model_type")
+    if len(members) > 2 or model_type in _SCALED_BY_TIE:
+        raise MethodError(
+            f"The adapter changes one of {', '.join(members)}, which this model ties for good: no checkpoint of "
+            f"model type {model_type} can hold them apart.",
+            hint="Keep the adapter unmerged.",
+        )
+
+
+def _own_tensor(context: Context, parameter: str) -> TensorSpec | None:
+    """The tensor that a parameter needs once untied; None when the one on disk is its own."""
+    shared = context.names.direct(parameter)
+    own = context.names.disk_name(parameter)
+    if shared is None or own == shared or own in context.base:
+        return None
+    return replace(context.base[shared], name=own)
+
+
+def _copy(context: Context, parameter: str, spec: TensorSpec) -> Change:
+    shared = context.names.direct(parameter)
+    assert shared is not None
+    return RowChange(spec, parameter, (), Kind.ADD, Same(), source=shared)
