@@ -1,0 +1,155 @@
+"""The adapters to merge: named by the inputs or the event, found in the workspace, or found on the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from merge_adapter.action.changes import adapter_folders, changed_adapters, inside
+from merge_adapter.action.events import Changed, Everything, Named, Nothing, Trigger
+from merge_adapter.action.inputs import Inputs
+from merge_adapter.action.runner import Runner
+from merge_adapter.errors import InputError, MalformedError, PolicyError
+from merge_adapter.resolve import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from merge_adapter.github import GitHub
+    from merge_adapter.hub import Hub
+
+_CONFIG_LIMIT = 4 << 20
+"""Bytes."""
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One adapter to merge."""
+
+    reference: str
+    """What the pipeline takes: a Hub reference, or a path from the workspace."""
+    folder: PurePosixPath | None = None
+    """Where it lies in the workspace; None for one on the Hub."""
+    hub_only: bool = False
+    """A folder of that name must not be taken for it."""
+    named: bool = False
+    """The inputs name it; otherwise it was found."""
+
+    @property
+    def name(self) -> str:
+        """Its own name without owner, path and revision; "" at the root of the repository."""
+        if self.folder is not None:
+            return self.folder.name
+        return self.reference.partition("@")[0].rstrip("/").rpartition("/")[2]
+
+    @property
+    def slug(self) -> str:
+        """A name for files, different for different references."""
+        plain = self.reference.removeprefix("./").replace("/", "--")
+        clean = _UNFIT.sub("-", plain).strip("-.") or "adapter"
+        if clean == plain and len(clean) <= 80:
+            return clean
+        return f"{clean[:80]}-{sha256(self.reference.encode()).hexdigest()[:8]}"
+
+
+def find_candidates(
+    inputs: Inputs, trigger: Trigger, runner: Runner, *, hub: Hub, github: GitHub | None
+) -> tuple[Candidate, ...] | Nothing:
+    """What is to be merged, in a stable order, or why nothing is.
+
+    The inputs come before the event, the event before the workspace. Raises InputError when none of them names
+    or shows an adapter.
+    """
+    wanted = trigger.wanted
+    if isinstance(wanted, Nothing):
+        return wanted
+    if inputs.adapters:
+        return _unique(_of_input(reference, runner.workspace) for reference in inputs.adapters)
+    if isinstance(wanted, Named) and wanted.adapters:
+        return _unique(
+            Candidate(reference, hub_only=True) if wanted.hub_only else _of_input(reference, runner.workspace)
+            for reference in wanted.adapters
+        )
+    if inputs.watch:
+        return _watched(inputs.watch, hub)
+    if isinstance(wanted, (Changed, Everything)):
+        return _of_workspace(inputs, wanted, runner, github)
+    raise InputError(
+        f"the event {trigger.event} names no adapter, and neither do the inputs",
+        hint="Give the input adapter (owner/name, or a folder), or for a schedule the input watch.",
+    )
+
+
+def check_base(candidate: Candidate, inputs: Inputs, workspace: Path) -> None:
+    """Refuse a base that an adapter of the workspace names by a path out of it.
+
+    Such a config comes with a commit; the paths of the machine are not its business. A base given by the input
+    base-model may lie anywhere.
+    """
+    if candidate.folder is None or inputs.base_model is not None:
+        return
+    config = workspace / candidate.folder / inputs.subfolder / ADAPTER_CONFIG
+    if not config.is_file():
+        return  # resolve says what is missing
+    if config.stat().st_size > _CONFIG_LIMIT:
+        raise MalformedError(f"{config.relative_to(workspace)} has {config.stat().st_size} bytes")
+    try:
+        parsed = json.loads(config.read_bytes())
+    except (ValueError, RecursionError):
+        return  # resolve says what is wrong with it
+    named = parsed.get("base_model_name_or_path") if isinstance(parsed, dict) else None
+    if isinstance(named, str) and (workspace / Path(named).expanduser()).exists():
+        try:
+            inside(workspace, str(Path(named).expanduser()), what=f"{candidate.reference}/{ADAPTER_CONFIG}")
+        except PolicyError as error:
+            raise PolicyError(error.message, hint="Name the base in the input base-model.") from error
+
+
+def _of_input(reference: str, workspace: Path) -> Candidate:
+    path = workspace / reference
+    if not path.is_dir():
+        return Candidate(reference, named=True)
+    place = path.resolve()
+    if not place.is_relative_to(workspace):
+        return Candidate(str(place), named=True)
+    folder = PurePosixPath(place.relative_to(workspace).as_posix())
+    return Candidate(_reference(folder), folder, named=True)
+
+
+def _of_workspace(
+    inputs: Inputs, wanted: Changed | Everything, runner: Runner, github: GitHub | None
+) -> tuple[Candidate, ...] | Nothing:
+    folders = adapter_folders(runner.workspace, inputs.path)
+    if not folders:
+        raise InputError(
+            f"there is no adapter below {inputs.path!r} in the workspace (no {ADAPTER_CONFIG})",
+            hint="Check the repository out first (actions/checkout), set the input path to where adapters lie, "
+            "or name one in the input adapter.",
+        )
+    if isinstance(wanted, Changed):
+        folders = changed_adapters(runner.workspace, folders, wanted, github=github)
+        if not folders:
+            return Nothing(f"No adapter below {inputs.path!r} changed.")
+    return _unique(Candidate(_reference(folder), folder) for folder in folders)
+
+
+def _reference(folder: PurePosixPath) -> str:
+    """The folder as a reference that cannot be read as a Hub id, and reads well: `./adapters/one`."""
+    return f"./{folder}" if folder.parts else "."
+
+
+def _watched(watch: str, hub: Hub) -> tuple[Candidate, ...] | Nothing:
+    from merge_adapter.hub.search import find_adapters
+
+    found = find_adapters(watch, hub=hub)
+    if not found:
+        return Nothing(f"{watch} has no adapters on the Hub.")
+    return tuple(Candidate(reference, hub_only=True) for reference in found)
+
+
+def _unique(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(dict.fromkeys(candidates))
