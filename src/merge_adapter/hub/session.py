@@ -6,6 +6,7 @@ limit.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,10 +46,20 @@ class Patience:
         return float(min(self.longest_wait, self.first_wait * 2**attempt))
 
 
+_prepared = threading.Event()
+_preparing = threading.Lock()
+
+
 def prepare_client() -> None:
-    """Give the client's shared session deadlines, and leave the showing of progress to us."""
-    set_client_factory(_client_with_deadlines)
-    disable_progress_bars()
+    """Give the client's shared session deadlines, and leave the showing of progress to us. Once per process.
+
+    Setting a factory closes the session under whoever is using it.
+    """
+    with _preparing:
+        if not _prepared.is_set():
+            set_client_factory(_client_with_deadlines)
+            disable_progress_bars()
+            _prepared.set()
 
 
 def repeat(call: Callable[[], T], patience: Patience) -> T:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _HEADER_LIMIT = 100 << 20
 """Bytes; the safetensors format allows no longer header."""
 _REPORT_LIMIT = 64 << 20
+_LOADED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of what configs and tokenizers are made of."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -37,10 +39,12 @@ def read_remote_report(repository: HubRepository) -> dict[str, Any] | None:
     return dict(report)
 
 
-def differences(repository: HubRepository, listed: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
+def differences(
+    repository: HubRepository, listed: Mapping[str, tuple[int, str]], *, keep_in: Path | None = None
+) -> tuple[str, ...]:
     """Which of `listed` (path -> bytes, sha256) the repository does not hold unchanged, one sentence each.
 
-    Large files by the hash that the Hub keeps, small ones by fetching them.
+    Large files by the hash that the Hub keeps, small ones by fetching them, into `keep_in` where it is given.
     """
     problems = []
     for path, (size, sha256) in listed.items():
@@ -49,7 +53,7 @@ def differences(repository: HubRepository, listed: Mapping[str, tuple[int, str]]
             problems.append(f"{path} is missing")
         elif entry.size != size:
             problems.append(f"{path} has {entry.size} bytes, expected {size}")
-        elif (entry.lfs.sha256 if entry.lfs else sha256_of([repository.read(path)])) != sha256:
+        elif (entry.lfs.sha256 if entry.lfs else _fetch(repository, path, keep_in)) != sha256:
             problems.append(f"{path} has other content than was sent")
     return tuple(problems)
 
@@ -61,16 +65,17 @@ def listed_files(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
 
 def check_remote(repository: HubRepository, listed: Mapping[str, tuple[int, str]]) -> None:
     """Raise HubError when the Hub does not hold `listed`, or when what it serves cannot be loaded."""
-    problems = differences(repository, listed)
-    if problems:
-        raise HubError(
-            f"what {repository.origin} holds is not what was sent: {'; '.join(problems[:5])}",
-            hint="Nothing was offered as ready. Run the same command again: it repairs what differs.",
-        )
-    for path in listed:
-        if path.endswith(".safetensors"):
-            check_header(repository, path)
-    _check_loads(repository, listed)
+    with tempfile.TemporaryDirectory(prefix="merge-adapter-check-") as scratch:
+        problems = differences(repository, listed, keep_in=Path(scratch))
+        if problems:
+            raise HubError(
+                f"what {repository.origin} holds is not what was sent: {'; '.join(problems[:5])}",
+                hint="Nothing was offered as ready. Run the same command again: it repairs what differs.",
+            )
+        for path in listed:
+            if path.endswith(".safetensors"):
+                check_header(repository, path)
+        _check_loads(repository, listed, Path(scratch))
 
 
 def check_header(repository: Repository, path: str) -> None:
@@ -93,24 +98,31 @@ def check_header(repository: Repository, path: str) -> None:
         )
 
 
-def _check_loads(repository: HubRepository, listed: Mapping[str, tuple[int, str]]) -> None:
-    """Load config and tokenizer with transformers from a fresh download of the small files."""
-    small = [path for path in listed if not path.endswith((".safetensors", ".bin", ".html"))]
+def _fetch(repository: HubRepository, path: str, keep_in: Path | None) -> str:
+    """Fetch a whole file; its sha256."""
+    content = repository.read(path)
+    if keep_in is not None:
+        place = keep_in / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return sha256_of([content])
+
+
+def _check_loads(repository: HubRepository, listed: Mapping[str, tuple[int, str]], fresh: Path) -> None:
+    """Load config and tokenizer with transformers from a fresh download, whose small files are in `fresh` already."""
     if "config.json" not in listed:
         return
-    with tempfile.TemporaryDirectory(prefix="merge-adapter-check-") as scratch:
-        for path in small:
-            place = Path(scratch, path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(repository.read(path))
-        config = json.loads(Path(scratch, "config.json").read_text(encoding="utf-8"))
-        try:
-            _load(scratch, config, has_tokenizer=any(name in listed for name in _TOKENIZER_FILES))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-            raise HubError(
-                f"the config or tokenizer of {repository.origin} does not load after download: {error}",
-                hint="Nothing was offered as ready. Load the merged folder with transformers to see why.",
-            ) from error
+    for path in listed:
+        if path.endswith(_LOADED) and not (fresh / path).exists():
+            _fetch(repository, path, fresh)
+    config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
+    try:
+        _load(str(fresh), config, has_tokenizer=any(name in listed for name in _TOKENIZER_FILES))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise HubError(
+            f"the config or tokenizer of {repository.origin} does not load after download: {error}",
+            hint="Nothing was offered as ready. Load the merged folder with transformers to see why.",
+        ) from error
 
 
 def _load(folder: str, config: Mapping[str, Any], *, has_tokenizer: bool) -> None:
