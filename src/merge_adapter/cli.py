@@ -285,6 +285,14 @@ def publish(
 
 
 @app.command()
+def action() -> None:
+    """The GitHub Action's entry point: reads its inputs and the event from the environment."""
+    from merge_adapter.action import main as run_action
+
+    raise typer.Exit(run_action())
+
+
+@app.command()
 def demo(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the embedded Hub up, for a browser, until Ctrl-C.")
