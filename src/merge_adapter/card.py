@@ -25,7 +25,6 @@ from merge_adapter.packaging.metadata import (
 from merge_adapter.packaging.usage import snippet
 from merge_adapter.types import (
     FileOrigin,
-    MergeSettings,
     Origin,
     OutputFile,
     QuantizedBase,
@@ -62,7 +61,8 @@ def write_card(
 ) -> OutputFile:
     """Write `destination`/README.md and return it.
 
-    `report` is merge_report.json as far as it exists. `table` is the evidence as Markdown, written by us.
+    `report` is merge_report.json as far as it exists. `table` is verdict, reasons and evidence as Markdown, written by us;
+    without it the card gives the reasons alone.
     `license` overrides what the sources state. `place` is the Hub id under which the model will be found,
     in its folder `subfolder`.
     """
@@ -149,7 +149,7 @@ def _equivalence(report: Mapping[str, Any], table: str) -> str:
     verification = report.get("verification", {})
     verdict = Verdict(verification.get("verdict", Verdict.INCONCLUSIVE))
     reasons = "\n".join(f"- {sentence(str(reason))}" for reason in verification.get("reasons", ()))
-    parts = [f"## Equivalence: {verdict.value}", _VERDICTS[verdict], reasons, table.strip()]
+    parts = [f"## Equivalence: {verdict.value}", _VERDICTS[verdict], table.strip() or reasons]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -298,10 +298,10 @@ def _write_reports(folder: Path, work: _Work, publishing: PublishSettings | None
         sources=work.sources,
         plan=work.plan,
         report=draft,
-        settings=work.settings,
         table=verdict_markdown(draft["verification"]),
         license=publishing.license if publishing is not None else None,
-        place=target.repo_id if target is not None and not target.path_in_repo else None,
+        place=target.repo_id if target is not None else None,
+        subfolder=target.path_in_repo if target is not None else "",
     )
     page = write_page(folder / REPORT_PAGE, draft)
     report = work.document(card, page)
