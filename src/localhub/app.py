@@ -72,7 +72,7 @@ def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers())
 
 
-def _http_error(request: Request, error: Exception) -> Response:
+def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse(
         {"error": error.detail},

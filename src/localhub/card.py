@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from localhub.git import GitRepository
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
@@ -32,7 +29,7 @@ def card_metadata(readme: str) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-class _Plain(yaml.SafeLoader):
+class _Plain(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Leaves dates as text, so that the result is JSON."""
 
 
@@ -55,7 +52,7 @@ def listed(value: object) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def tags_of(card: dict[str, Any], paths: list[str], git: GitRepository, sha: str) -> list[str]:
+def tags_of(card: dict[str, Any], paths: list[str]) -> list[str]:
     """The tags the Hub shows and filters by: those of the card, and what the files tell."""
     tags = [
         *listed(card.get("library_name")),
@@ -72,8 +69,8 @@ def tags_of(card: dict[str, Any], paths: list[str], git: GitRepository, sha: str
     for base in bases:
         tags += [f"base_model:{base}", f"base_model:{relation}:{base}"]
     tags += [f"license:{name}" for name in listed(card.get("license"))]
-    if "config.json" in paths and git.text(sha, "config.json"):
-        tags.append("transformers") if not card.get("library_name") else None
+    if "config.json" in paths and "adapter_config.json" not in paths and not card.get("library_name"):
+        tags.append("transformers")
     tags.append("region:us")
     return list(dict.fromkeys(tags))
 

@@ -70,8 +70,9 @@ def _operation(request: CommitRequest, key: str, value: dict[str, Any]) -> None:
         return
     path = check_path(str(value["path"]).rstrip("/") if key == "deletedFolder" else value["path"])
     if key in ("file", "lfsFile", "copy"):
-        for kept in (request.files, request.large, request.copies):
-            kept.pop(path, None)  # type: ignore[attr-defined]
+        request.files.pop(path, None)
+        request.large.pop(path, None)
+        request.copies.pop(path, None)
     if key == "file":
         content = value["content"]
         encoded = value.get("encoding") == "base64"

@@ -86,7 +86,7 @@ class Community:
 
     # ---------------------------------------------------------------------------------------- reading
 
-    def list(
+    def discussions(
         self,
         repository: Repository,
         *,

@@ -184,8 +184,10 @@ class GitRepository:
         size: int = item.size
         pointer = parse_pointer(item.data) if size <= MAX_POINTER_BYTES else None
         if pointer is not None:
-            return Entry(path, str(item.id), False, pointer.size, pointer, size)
-        return Entry(path, str(item.id), False, size, None)
+            return Entry(
+                path, str(item.id), is_folder=False, size=pointer.size, pointer=pointer, pointer_size=size
+            )
+        return Entry(path, str(item.id), is_folder=False, size=size, pointer=None)
 
     def entry(self, sha: str, path: str) -> Entry:
         """One file or folder.

@@ -129,7 +129,7 @@ class Jobs:
             raise NotFoundError(f"Job {id} not found")
         return _job(row)
 
-    def list(self, owner: str) -> list[Job]:
+    def of_owner(self, owner: str) -> list[Job]:
         """Newest first."""
         rows = self._database.all(
             "SELECT * FROM jobs WHERE owner = ? ORDER BY created_at DESC, rowid DESC", owner

@@ -60,7 +60,7 @@ class Collections:
             items=items,
         )
 
-    def list(self) -> list[Collection]:
+    def all(self) -> list[Collection]:
         rows = self._database.all("SELECT * FROM collections ORDER BY updated_at DESC")
         return [self._collection(row) for row in rows]
 
@@ -74,7 +74,7 @@ class Collections:
         """Raises ConflictError, with the slug in its body, when the owner has one of that title."""
         if not title.strip() or len(title) > 60:
             raise BadRequestError("title must have between 1 and 60 characters")
-        for other in self.list():
+        for other in self.all():
             if other.owner == owner and other.title == title:
                 raise ConflictError(
                     "Collection already exists",

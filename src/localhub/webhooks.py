@@ -90,7 +90,7 @@ class Webhooks:
 
     # --------------------------------------------------------------------------------------- webhooks
 
-    def list(self, user: str) -> list[Webhook]:
+    def of_user(self, user: str) -> list[Webhook]:
         rows = self._database.all("SELECT * FROM webhooks WHERE user = ? ORDER BY created_at, id", user)
         return [_webhook(row) for row in rows]
 

@@ -69,7 +69,7 @@ def listing(ctx: Ctx, request: Request) -> Response:
     owners = {owner.lower() for owner in query.getlist("owner")}
     wanted = {item.partition("/")[2] for item in query.getlist("item")}
     found = []
-    for collection in ctx.hub.shelves.list():
+    for collection in ctx.hub.shelves.all():
         try:
             _visible(ctx, collection.slug)
         except NotFoundError:

@@ -49,7 +49,7 @@ def listing(ctx: Ctx, kind: str, owner: str, name: str, request: Request) -> dic
     wanted, status = query.get("type", "all"), query.get("status", "all")
     if wanted not in ("all", "discussion", "pull_request") or status not in _FILTERS:
         raise BadRequestError(f"Unknown type {wanted!r} or status {status!r}")
-    found = ctx.hub.community.list(
+    found = ctx.hub.community.discussions(
         repository,
         author=query.get("author"),
         pull_requests=None if wanted == "all" else wanted == "pull_request",

@@ -120,7 +120,7 @@ def listing(ctx: Ctx, namespace: str, request: Request) -> Response:
     labels = [label.partition("=")[::2] for label in request.query_params.getlist("label")]
     jobs = [
         _shown(ctx, job)
-        for job in ctx.hub.jobs.list(namespace)
+        for job in ctx.hub.jobs.of_owner(namespace)
         if (not stages or job.stage.value in stages)
         and all((job.spec.get("labels") or {}).get(key) == value for key, value in labels)
     ]

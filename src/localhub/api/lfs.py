@@ -50,15 +50,17 @@ def _batch(ctx: Context, kind: str, owner: str, name: str, body: dict[str, Any])
     except (KeyError, TypeError, ValueError) as error:
         raise BadRequestError(f"Malformed LFS object: {error!r}") from error
     multipart = "multipart" in body.get("transfers", ["basic"])
-    large = [size >= MULTIPART_FROM for _, size in objects]
-    answer = _upload if upload else _download
-    shown = [answer(ctx, repository, oid, size, multipart) for oid, size in objects]
-    transfer = "multipart" if upload and multipart and any(large) else "basic"
+    if upload:
+        shown = [_upload(ctx, repository, oid, size, multipart=multipart) for oid, size in objects]
+    else:
+        shown = [_download(ctx, repository, oid, size) for oid, size in objects]
+    large = any(size >= MULTIPART_FROM for _, size in objects)
+    transfer = "multipart" if upload and multipart and large else "basic"
     content = {"transfer": transfer, "objects": shown, "hash_algo": "sha256"}
     return JSONResponse(content, media_type=LFS_JSON)
 
 
-def _download(ctx: Context, repository: Repository, oid: str, size: int, _: bool) -> dict[str, Any]:
+def _download(ctx: Context, repository: Repository, oid: str, size: int) -> dict[str, Any]:
     known = ctx.hub.large.size(oid)
     if known is None or not ctx.hub.repositories.has_large_file(repository, oid):
         return {"oid": oid, "size": size, "error": {"code": 404, "message": "Object does not exist"}}
@@ -67,7 +69,7 @@ def _download(ctx: Context, repository: Repository, oid: str, size: int, _: bool
     return {"oid": oid, "size": known, "authenticated": True, "actions": {"download": {"href": href}}}
 
 
-def _upload(ctx: Context, repository: Repository, oid: str, size: int, multipart: bool) -> dict[str, Any]:
+def _upload(ctx: Context, repository: Repository, oid: str, size: int, *, multipart: bool) -> dict[str, Any]:
     known = ctx.hub.large.size(oid)
     if known is not None and ctx.hub.repositories.has_large_file(repository, oid):
         return {"oid": oid, "size": known}

@@ -63,8 +63,7 @@ def _exchange(ctx: Context, form: dict[str, str]) -> JSONResponse:
     publisher = ctx.hub.publishers.match(_required(form, "subject_token"), resource, ctx.base_url)
     user = ctx.hub.accounts.get(publisher.user).name
     if "/" in resource:
-        kind, _, name = resource.rpartition("/")[0].rpartition("/")
-        scoped = resource if kind else f"models/{resource}"
+        scoped = resource if resource.count("/") == 2 else f"models/{resource}"
         made = ctx.hub.accounts.issue_token(
             user, role=TokenRole.REPOSITORY, resource=scoped, lifetime=EXCHANGED_SECONDS
         )

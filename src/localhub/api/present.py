@@ -12,7 +12,7 @@ from localhub.database import timestamp
 from localhub.git import Commit, Entry, GitRepository
 from localhub.large import LargeFiles
 from localhub.pointers import MAX_POINTER_BYTES
-from localhub.repositories import Gate, Repository
+from localhub.repositories import Repository
 
 
 def account(record: Account) -> dict[str, Any]:
@@ -67,36 +67,33 @@ def repository(
     git: GitRepository,
     sha: str,
     *,
-    large: LargeFiles,
     blobs: bool = False,
-    siblings: bool = True,
-    moment: bool = True,
 ) -> dict[str, Any]:
     """A repository as model_info and list_models give it.
 
     Args:
         blobs: with size and ids of each file.
-        siblings: with the list of files; also decides tags such as `safetensors`.
     """
     readme = git.text(sha, "README.md")
     card = card_metadata(readme or "")
-    entries = [entry for entry in git.entries(sha, recursive=True) if not entry.is_folder] if siblings else []
+    entries = [entry for entry in git.entries(sha, recursive=True) if not entry.is_folder]
     head = git.commit(sha)
     shown: dict[str, Any] = {
         "_id": record.id,
         "id": record.full_name,
         "author": record.owner,
         "sha": sha,
-        "lastModified": timestamp(head.moment) if moment else record.modified_at,
+        "lastModified": timestamp(head.moment),
         "createdAt": record.created_at,
         "private": record.private,
         "gated": record.gated.value or False,
         "disabled": record.disabled,
         "downloads": record.downloads,
         "likes": 0,
-        "tags": tags_of(card, [entry.path for entry in entries], git, sha),
+        "tags": tags_of(card, [entry.path for entry in entries]),
         "cardData": card or None,
         "usedStorage": sum(entry.size for entry in entries),
+        "siblings": [_sibling(entry, blobs=blobs) for entry in entries],
     }
     if record.type == "model":
         shown["modelId"] = record.full_name
@@ -106,10 +103,6 @@ def repository(
     if record.type == "space":
         shown["sdk"] = record.sdk
         shown["subdomain"] = f"{record.owner}-{record.name}".lower().replace(".", "-")
-    if record.gated is Gate.OPEN:
-        shown["gated"] = False
-    if siblings:
-        shown["siblings"] = [_sibling(entry, blobs=blobs) for entry in entries]
     return shown
 
 

@@ -17,7 +17,7 @@ from localhub.repositories import AccessStatus, Gate, Repository
 router = APIRouter()
 
 
-def _namespace(ctx: Context, body: dict[str, Any], identity: Identity) -> tuple[str, str, str]:
+def _namespace(body: dict[str, Any], identity: Identity) -> tuple[str, str, str]:
     """(type, owner, name) of a create or delete request."""
     kind = body.get("type") or "model"
     if kind not in ("model", "dataset", "space"):
@@ -39,7 +39,7 @@ def _private(body: dict[str, Any]) -> bool | None:
 @router.post("/api/repos/create")
 def create(ctx: Ctx, body: JsonBody) -> dict[str, Any]:
     identity = ctx.login()
-    kind, owner, name = _namespace(ctx, body, identity)
+    kind, owner, name = _namespace(body, identity)
     if not ctx.hub.repositories.may_administer_namespace(owner, identity):
         raise ForbiddenError(f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
     owner = ctx.hub.accounts.get(owner).name
@@ -67,7 +67,7 @@ def create(ctx: Ctx, body: JsonBody) -> dict[str, Any]:
 @router.delete("/api/repos/delete")
 def delete(ctx: Ctx, body: JsonBody) -> Response:
     identity = ctx.login()
-    kind, owner, name = _namespace(ctx, body, identity)
+    kind, owner, name = _namespace(body, identity)
     repository = _administered(ctx, kind, owner, name)
     ctx.hub.webhooks.emit("delete", "repo", ctx.subject(repository))
     with ctx.hub.git.lock(repository):
@@ -148,7 +148,7 @@ def listing(ctx: Ctx, kind: str, request: Request) -> Response:
         if "gated" in query and truthy(query["gated"]) != (repository.gated is not Gate.OPEN):
             continue
         git = ctx.git(repository)
-        shown = present.repository(repository, git, git.resolve("main"), large=ctx.hub.large)
+        shown = present.repository(repository, git, git.resolve("main"))
         if all(tag in shown["tags"] for tag in wanted):
             found.append(_trimmed(shown, query))
     _sort(found, query.get("sort"), ascending=query.get("direction") == "1")
@@ -204,12 +204,9 @@ def _info(ctx: Context, kind: str, owner: str, name: str, revision: str, request
     repository = ctx.readable(kind, owner, name)
     git = ctx.git(repository)
     query = request.query_params
-    shown = present.repository(
-        repository, git, git.resolve(revision), large=ctx.hub.large, blobs=truthy(query.get("blobs"))
-    )
+    shown = present.repository(repository, git, git.resolve(revision), blobs=truthy(query.get("blobs")))
     expanded = query.getlist("expand") + query.getlist("expand[]")
     if expanded:
-        shown["baseModels"] = {"relation": None, "models": []}
         shown = {key: shown[key] for key in ("_id", "id", *expanded) if key in shown}
     else:
         shown["discussionsDisabled"] = repository.discussions_disabled
@@ -233,6 +230,14 @@ def auth_check_write(ctx: Ctx, kind: str, owner: str, name: str) -> Response:
 # ------------------------------------------------------------------------------------------------ gates
 
 
+def _access_status(name: str) -> AccessStatus:
+    """Raises BadRequestError for a word that is no status."""
+    try:
+        return AccessStatus(name)
+    except ValueError as error:
+        raise BadRequestError(f"status must be one of {[one.value for one in AccessStatus]}") from error
+
+
 @router.post("/{owner:seg}/{name:seg}/ask-access")
 def ask_access(ctx: Ctx, owner: str, name: str) -> Response:
     """What the button of a gated model's page does."""
@@ -250,8 +255,7 @@ def ask_access(ctx: Ctx, owner: str, name: str) -> Response:
 @router.get("/api/{kind:kind}/{owner:seg}/{name:seg}/user-access-request/{status:seg}")
 def access_requests(ctx: Ctx, kind: str, owner: str, name: str, status: str, request: Request) -> Response:
     repository = _administered(ctx, kind, owner, name)
-    if status not in AccessStatus:
-        raise NotFoundError(f"Unknown status {status}")
+    wanted = _access_status(status)
     if repository.gated is Gate.OPEN:
         raise BadRequestError("This repository is not gated")
     found = [
@@ -267,7 +271,7 @@ def access_requests(ctx: Ctx, kind: str, owner: str, name: str, status: str, req
             "timestamp": one.created_at,
             "fields": one.fields,
         }
-        for one in ctx.hub.repositories.access_requests(repository, AccessStatus(status))
+        for one in ctx.hub.repositories.access_requests(repository, wanted)
     ]
     return page(request, ctx.base_url, found, default=1000)
 
@@ -275,9 +279,7 @@ def access_requests(ctx: Ctx, kind: str, owner: str, name: str, status: str, req
 @router.post("/api/{kind:kind}/{owner:seg}/{name:seg}/user-access-request/handle")
 def handle_access(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> Response:
     repository = _administered(ctx, kind, owner, name)
-    status = text(body, "status")
-    if status not in AccessStatus:
-        raise BadRequestError(f"status must be one of {[s.value for s in AccessStatus]}")
+    status = _access_status(text(body, "status"))
     requests = [
         one
         for each in AccessStatus
@@ -286,9 +288,9 @@ def handle_access(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) ->
     ]
     if not requests:
         raise NotFoundError("Access request not found")
-    if requests[0].status.value == status:
-        raise NotFoundError(f"Access request is already {status}")
-    ctx.hub.repositories.set_access(repository, requests[0].user, AccessStatus(status))
+    if requests[0].status is status:
+        raise NotFoundError(f"Access request is already {status.value}")
+    ctx.hub.repositories.set_access(repository, requests[0].user, status)
     return Response(status_code=200)
 
 
@@ -298,7 +300,8 @@ def grant_access(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> 
     user = ctx.hub.accounts.get(text(body, "user"))
     if repository.gated is Gate.OPEN:
         raise BadRequestError("This repository is not gated")
-    if ctx.hub.repositories.may_read_files(repository, None):
-        raise BadRequestError("Access was granted before")
+    request = ctx.hub.repositories.access_request(repository, user.name)
+    if request is not None and request.status is AccessStatus.ACCEPTED:
+        raise BadRequestError(f"{user.name} has access already")
     ctx.hub.repositories.set_access(repository, user.name, AccessStatus.ACCEPTED)
     return {}

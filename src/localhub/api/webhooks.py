@@ -49,7 +49,7 @@ def _job(ctx: Context, identity: Identity, body: dict[str, Any]) -> dict[str, An
         return None
     names = [identity.name, *(one.name for one, _ in ctx.hub.accounts.organizations(identity.name))]
     for name in names:
-        for job in ctx.hub.jobs.list(name):
+        for job in ctx.hub.jobs.of_owner(name):
             if job.id == body["jobSourceId"]:
                 return {**job.spec, "secrets": body.get("secrets") or {}}
     raise NotFoundError(f"Job {body['jobSourceId']} not found")
@@ -57,7 +57,7 @@ def _job(ctx: Context, identity: Identity, body: dict[str, Any]) -> dict[str, An
 
 @router.get("")
 def listing(ctx: Ctx) -> list[dict[str, Any]]:
-    return [_shown(hook) for hook in ctx.hub.webhooks.list(_user(ctx).name)]
+    return [_shown(hook) for hook in ctx.hub.webhooks.of_user(_user(ctx).name)]
 
 
 @router.post("")

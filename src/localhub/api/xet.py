@@ -65,15 +65,15 @@ def _authorized(ctx: Context, *scopes: str) -> Repository:
     return repository
 
 
-@router.get("/cas/v1/chunks/{prefix:seg}/{hash:seg}")
-def chunk(ctx: Ctx, prefix: str, hash: str) -> Response:
+@router.get("/cas/v1/chunks/default/{hash:seg}")
+def chunk(ctx: Ctx, hash: str) -> Response:
     """Where a chunk may be found in other files; the client does without an answer."""
     _authorized(ctx, "read", "write")
     raise NotFoundError(f"Chunk {check_hash(hash)} is not indexed")
 
 
-@router.post("/cas/v1/xorbs/{prefix:seg}/{hash:seg}")
-def xorb(ctx: Ctx, prefix: str, hash: str, raw: RawBody) -> dict[str, Any]:
+@router.post("/cas/v1/xorbs/default/{hash:seg}")
+def xorb(ctx: Ctx, hash: str, raw: RawBody) -> dict[str, Any]:
     _authorized(ctx, "write")
     if len(raw) > MAX_XORB_BYTES:
         raise BadRequestError(f"Xorb of {len(raw)} bytes, at most {MAX_XORB_BYTES} are allowed")

@@ -73,7 +73,9 @@ def _listing(ctx: Context, owner: str | None) -> HTMLResponse:
         and (owner is None or repository.owner.lower() == owner.lower())
     ]
     pulls = {
-        repository.id: sum(one.status.value in ("open", "draft") for one in hub.community.list(repository))
+        repository.id: sum(
+            one.status.value in ("open", "draft") for one in hub.community.discussions(repository)
+        )
         for repository in shown
     }
     return _page(ctx, "index.html", repositories=shown, pulls=pulls, owner=owner)
@@ -198,7 +200,7 @@ def commit(ctx: Ctx, sha: str) -> Response:
 @_both("/discussions")
 def discussions(ctx: Ctx) -> Response:
     repository = _repository(ctx)
-    found = ctx.hub.community.list(repository)
+    found = ctx.hub.community.discussions(repository)
     return _page(ctx, "discussions.html", repository=repository, discussions=found, tab="community")
 
 

@@ -165,7 +165,7 @@ class XetStore:
 
     def reconstruct(self, recipe: Recipe, start: int, end: int) -> Reconstruction:
         """The terms that hold bytes `start` to `end` (exclusive) of a file."""
-        covering = []
+        covering: list[Term] = []
         skip = 0
         offset = 0
         for term in recipe.terms:

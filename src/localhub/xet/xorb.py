@@ -53,7 +53,7 @@ def parse(data: bytes) -> tuple[Chunk, ...]:
     Raises:
         MalformedXorbError: it is cut short or holds something else.
     """
-    chunks = []
+    chunks: list[Chunk] = []
     offset = 0
     while offset < len(data) and data[offset : offset + 7] != FOOTER_IDENT:
         header = data[offset : offset + HEADER_BYTES]

@@ -1,0 +1,371 @@
+"""A proxy in front of a Hub that breaks things on purpose.
+
+    with FaultProxy(hub.url) as proxy:
+        proxy.add(Rule(method="POST", path=r"/commit/", fault=LoseAnswer(), times=1))
+        HfApi(endpoint=proxy.url, token="hf_alice").create_commit(...)
+
+or `python -m localhub.faults --upstream URL --rule JSON`. The Host header is passed on, so that the Hub's
+answers (redirects, xet and storage addresses) lead through the proxy again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+_BLOCK = 16 * 1024
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "proxy-connection"}
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer with a status of its own; the Hub never sees the request."""
+
+    status: int
+    retry_after: float | None = None
+    """Seconds, as a Retry-After header."""
+    code: str = ""
+    """X-Error-Code."""
+    message: str = "Injected fault"
+
+
+@dataclass(frozen=True)
+class ExpiredToken:
+    """Answer as the Hub does to a token that has expired."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Pass the request on and close the connection after some bytes of the answer's body."""
+
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class CutRequest:
+    """Close the connection before the request is passed on."""
+
+
+@dataclass(frozen=True)
+class LoseAnswer:
+    """Let the Hub do the work, then close the connection without an answer."""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Wait before the request is passed on."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Throttle:
+    """Pass the answer's body on no faster than this."""
+
+    bytes_per_second: float
+
+
+Fault = Answer | ExpiredToken | Cut | CutRequest | LoseAnswer | Delay | Throttle
+FAULTS: dict[str, type[Fault]] = {
+    "answer": Answer,
+    "expired-token": ExpiredToken,
+    "cut": Cut,
+    "cut-request": CutRequest,
+    "lose-answer": LoseAnswer,
+    "delay": Delay,
+    "throttle": Throttle,
+}
+
+
+@dataclass
+class Rule:
+    """Which requests a fault strikes."""
+
+    fault: Fault
+    method: str = ""
+    """Upper case; "" for every method."""
+    path: str = ""
+    """A regular expression that is searched in path and query, as they were sent (encoded)."""
+    times: int | None = None
+    """How often it strikes; None for always."""
+    skip: int = 0
+    """How many matching requests pass before the first strike."""
+    struck: int = field(default=0, init=False)
+    """How often it has struck."""
+
+    def matches(self, method: str, target: str) -> bool:
+        return self.method in ("", method) and re.search(self.path, target) is not None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request that came to the proxy."""
+
+    method: str
+    target: str
+    fault: Fault | None
+    status: int | None
+    """What the client was answered; None when the connection was cut."""
+
+
+class FaultProxy:
+    """The proxy, served from threads of this process while the `with` block lasts."""
+
+    def __init__(self, upstream: str, rules: Sequence[Rule] = (), *, port: int = 0) -> None:
+        parts = urlsplit(upstream)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"upstream must be http://host:port, got {upstream!r}")
+        self.upstream = (parts.hostname, parts.port or 80)
+        self._rules = list(rules)
+        self._seen: list[Seen] = []
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.proxy = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        """What HF_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def seen(self) -> tuple[Seen, ...]:
+        """All requests so far, in the order in which they were finished."""
+        with self._lock:
+            return tuple(self._seen)
+
+    def add(self, rule: Rule) -> Rule:
+        """Let a rule hold from now on. The first one that matches a request decides."""
+        with self._lock:
+            self._rules.append(rule)
+        return rule
+
+    def clear(self) -> None:
+        """Let everything through again, and forget what was seen."""
+        with self._lock:
+            self._rules.clear()
+            self._seen.clear()
+
+    def strike(self, method: str, target: str) -> Fault | None:
+        """The fault for a request, if one strikes; counts it."""
+        with self._lock:
+            for rule in self._rules:
+                if not rule.matches(method, target) or (rule.times is not None and rule.struck >= rule.times):
+                    continue
+                if rule.skip > 0:
+                    rule.skip -= 1
+                    continue
+                rule.struck += 1
+                return rule.fault
+        return None
+
+    def note(self, seen: Seen) -> None:
+        with self._lock:
+            self._seen.append(seen)
+
+    def serve_forever(self) -> None:
+        """Serve in this thread until KeyboardInterrupt."""
+        self._server.serve_forever()
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    proxy: FaultProxy
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections that clients give up are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def _serve(self) -> None:
+        proxy = self.server.proxy
+        fault = proxy.strike(self.command, self.path)
+        body = self._body()
+        status: int | None = None
+        try:
+            status = self._treat(fault, body)
+        finally:
+            proxy.note(Seen(self.command, self.path, fault, status))
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _serve
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            return self._chunked()
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _chunked(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(parts)
+
+    def _treat(self, fault: Fault | None, body: bytes) -> int | None:
+        """Answer as the fault says; the status, None when the connection was cut."""
+        if isinstance(fault, ExpiredToken):
+            return self._refuse(Answer(401, message="Invalid credentials in Authorization header"))
+        if isinstance(fault, Answer):
+            return self._refuse(fault)
+        if isinstance(fault, CutRequest):
+            return self._cut()
+        if isinstance(fault, Delay):
+            time.sleep(fault.seconds)
+        return self._forward(fault, body)
+
+    def _refuse(self, fault: Answer) -> int:
+        content = json.dumps({"error": fault.message}).encode()
+        self.send_response(fault.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Error-Message", fault.message)
+        if fault.code:
+            self.send_header("X-Error-Code", fault.code)
+        if fault.retry_after is not None:
+            self.send_header("Retry-After", f"{fault.retry_after:g}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+        return fault.status
+
+    def _cut(self) -> int | None:
+        """End the connection; there is no status to tell."""
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return None
+
+    def _forward(self, fault: Fault | None, body: bytes) -> int | None:
+        connection = http.client.HTTPConnection(*self.server.proxy.upstream, timeout=300)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in _HOP_BY_HOP | {"content-length"}:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            if isinstance(fault, LoseAnswer):
+                answer.read()
+                return self._cut()
+            return self._pass_on(answer, fault)
+        except ConnectionError:
+            return self._refuse(Answer(502, message="The Hub behind the proxy is down"))
+        finally:
+            connection.close()
+
+    def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> int | None:
+        self.send_response_only(answer.status, answer.reason)
+        length = answer.getheader("Content-Length")
+        for name, value in answer.getheaders():
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        chunked = length is None and self.command != "HEAD" and answer.status not in (204, 304)
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        left = fault.after if isinstance(fault, Cut) else None
+        while self.command != "HEAD" and (block := answer.read1(_BLOCK)):
+            part = block if left is None else block[:left]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part)
+            if isinstance(fault, Throttle):
+                time.sleep(len(part) / fault.bytes_per_second)
+            if left is not None:
+                left -= len(part)
+                if left <= 0:
+                    return self._cut()
+        if left is not None:
+            return self._cut()
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
+        return answer.status
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule from JSON: {"fault": "answer", "status": 503, "method": "POST", "path": "/commit/", "times": 1}.
+
+    Raises:
+        ValueError: an unknown fault or field.
+    """
+    given = json.loads(text)
+    name = given.pop("fault", None)
+    if name not in FAULTS:
+        raise ValueError(f"fault must be one of {sorted(FAULTS)}, got {name!r}")
+    rule = {key: given.pop(key) for key in ("method", "path", "times", "skip") if key in given}
+    try:
+        return Rule(FAULTS[name](**given), **rule)
+    except TypeError as error:
+        raise ValueError(f"fault {name}: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m localhub.faults",
+        description="A proxy in front of a Hub that breaks things on purpose.",
+    )
+    parser.add_argument("--upstream", required=True, help="URL of the Hub")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 (default) takes a free one")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help='such as {"fault": "answer", "status": 503, "path": "/commit/", "times": 2}; faults are '
+        + ", ".join(FAULTS),
+    )
+    options = parser.parse_args(arguments)
+    try:
+        proxy = FaultProxy(options.upstream, [parse_rule(text) for text in options.rule], port=options.port)
+    except ValueError as error:
+        sys.stderr.write(f"localhub.faults: {error}\n")
+        return 2
+    sys.stdout.write(f"{proxy.url}\n")
+    sys.stdout.flush()
+    try:
+        proxy.serve_forever()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
