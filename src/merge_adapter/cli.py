@@ -6,6 +6,7 @@ than a few milliseconds stand inside the functions that need them.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -348,8 +349,11 @@ def _hub() -> Hub:
 
 
 def _progress(*, json: bool, quiet: bool) -> Progress:
+    from merge_adapter.report.lines import VARIABLE, LineProgress
     from merge_adapter.report.progress import progress_for
 
+    if os.environ.get(VARIABLE) == "lines":
+        return LineProgress(sys.stderr)
     return progress_for(_console(stderr=True), quiet=quiet or json)
 
 
