@@ -71,7 +71,10 @@ def _alike(context: Context, touched: Sequence[Edit]) -> bool:
     """Whether all members change in the same way, so that the tie can stay."""
     if all(edit.follows_ties for edit in touched):
         return True
-    return bool(context.config.get("ensure_weight_tying")) and len({edit.kind for edit in touched}) == 1
+    by_member: dict[str, list[Kind]] = {}
+    for edit in touched:
+        by_member.setdefault(edit.parameter, []).append(edit.kind)
+    return bool(context.config.get("ensure_weight_tying")) and len(set(map(tuple, by_member.values()))) == 1
 
 
 def _folded(context: Context, edits: Sequence[Edit], members: tuple[str, ...]) -> tuple[Edit, ...]:
