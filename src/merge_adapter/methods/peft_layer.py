@@ -148,23 +148,20 @@ class _Planner:
     def _together(
         self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
     ) -> list[tuple[Layer, ...]]:
-        """Layers that must be merged in one go: those that share a group on disk, or all of them in memory."""
+        """Layers that must be merged in one go: those with disk tensors in common, or all of them in memory."""
         layers = tuple(layers)
         if self.way is Way.MEMORY:
             return [layers] if layers else []
         sets: list[tuple[set[str], list[Layer]]] = []
         for layer in layers:
             tensors = {name for output in outputs[layer.path] for name in output.source.tensors}
-            joined = [entry for entry in sets if entry[0] & tensors and self._grouped(outputs[layer.path])]
+            joined = [entry for entry in sets if entry[0] & tensors]
             merged = (
                 tensors.union(*(entry[0] for entry in joined)),
                 [m for e in joined for m in e[1]] + [layer],
             )
             sets = [entry for entry in sets if entry not in joined] + [merged]
         return [tuple(members) for _, members in sets]
-
-    def _grouped(self, outputs: Iterable[Output]) -> bool:
-        return any(output.source.group is not None for output in outputs)
 
     def _untied(
         self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
@@ -242,7 +239,8 @@ class _Planner:
 
     def _kind(self) -> Kind:
         config = self.context.config
-        if config.get("use_dora") or config.get("init_weights") == "bat":
+        depends = self.method.way_for(config) is Way.ALONE  # its factors come out of the weight itself
+        if depends or config.get("use_dora") or config.get("init_weights") == "bat":
             return Kind.MULTIPLICATIVE
         assert self.method.kind is not None
         return self.method.kind

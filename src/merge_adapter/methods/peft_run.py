@@ -236,12 +236,19 @@ class MergeTogether:
     def _written(
         self, values: Mapping[str, Tensor], groups: Mapping[int, Group]
     ) -> Iterator[tuple[str, Tensor]]:
-        seen: set[str] = set()
+        made: dict[str, Tensor] = {}
         for output in self.outputs:
             tensor = self.own.get(output.parameter, output.source.tensor)
-            if tensor is not None and tensor.name not in seen:
-                seen.add(tensor.name)
-                yield tensor.name, values[output.parameter]
+            if tensor is None:
+                continue
+            value = values[output.parameter]
+            if tensor.name in made and not torch.equal(made[tensor.name], value):
+                raise BaseModelError(
+                    f"{tensor.name} is shared by tied parameters that this adapter gives different values.",
+                    hint="Keep the adapter unmerged.",
+                )
+            made[tensor.name] = value
+        yield from made.items()
         for group in groups.values():
             yield from group.revert({spec.name: values[spec.name] for spec in group.parameters}).items()
 

@@ -61,7 +61,7 @@ METHODS: tuple[Method, ...] = (
     Method("LORA", "LoRA (rsLoRA, lora_bias, patterns)", Way.ROWS, _ADD, ("lora_",), "DoRA is multiplicative.",
            reads_weights=True),
     Method("ADALORA", "AdaLoRA", Way.LAYER, _ADD, ("lora_", "ranknum")),
-    Method("ADAMSS", "AdaMSS", Way.ALONE, _ADD, ("adamss_",), writes=("weight", "bias")),
+    Method("ADAMSS", "AdaMSS", Way.ALONE, _MUL, ("adamss_",), writes=("weight", "bias")),
     Method("BEFT", "BEFT", Way.LAYER, _ADD, ("beft_",), "Changes biases only; each target needs one.",
            writes=("bias",)),
     Method("BOFT", "BOFT", Way.LAYER, _MUL, ("boft_",)),
