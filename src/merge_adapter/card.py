@@ -61,8 +61,8 @@ def write_card(
 ) -> OutputFile:
     """Write `destination`/README.md and return it.
 
-    `report` is merge_report.json as far as it exists. `table` is verdict, reasons and evidence as Markdown, written by us;
-    without it the card gives the reasons alone.
+    `report` is merge_report.json as far as it exists. `table` is verdict, reasons and evidence as Markdown,
+    written by us; without it the card gives the reasons alone.
     `license` overrides what the sources state. `place` is the Hub id under which the model will be found,
     in its folder `subfolder`.
     """

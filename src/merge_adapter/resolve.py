@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
-from merge_adapter.types import Adapter, BaseModel, Repository, Resolved
+from merge_adapter.types import Adapter, BaseModel, Origin, Repository, Resolved
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -219,8 +219,15 @@ def _open_base(
     config = read_json(repository, MODEL_CONFIG)
     named = adapters[0].config.get("base_model_name_or_path")
     if request.base_model is not None and isinstance(named, str) and named and named != request.base_model:
-        notes.append(f"The adapter names {named!r} as its base; {request.base_model!r} was given instead.")
+        origin = repository.origin
+        given = repr(origin.repo_id) if origin.repo_id else f"the folder {_folder_name(origin)!r}"
+        notes.append(f"The adapter names {named!r} as its base; {given} was given instead.")
     return BaseModel(repository=repository, config=config)
+
+
+def _folder_name(origin: Origin) -> str:
+    """The name alone: notes are published, and a path would tell whose machine it was."""
+    return origin.folder.name if origin.folder is not None else ""
 
 
 def _base_from_configs(adapters: tuple[Adapter, ...], request: SourceRequest, hub: Hub) -> Repository:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ def write_samples(base: Path, adapter: Path, merged: Path) -> list[Sample]:
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     from_base = _answers(plain, AutoTokenizer.from_pretrained(base))
-    adapted = PeftModel.from_pretrained(plain, str(adapter))
+    with warnings.catch_warnings():
+        # peft 0.21 asks models for a property that transformers 5.23 renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapted = PeftModel.from_pretrained(plain, str(adapter))
     from_adapter = _answers(adapted, AutoTokenizer.from_pretrained(adapter))
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     from_merged = _answers(whole, AutoTokenizer.from_pretrained(merged))
