@@ -335,7 +335,9 @@ def test_licences_of_the_sources_are_compared(world) -> None:
     with pytest.raises(PolicyError, match="conflict"):
         put(world, merged)
     assert not world.hub("ann").exists(f"{adapter}-merged")
-    done = put(world, merged, PublishSettings(license="other"))
+    with pytest.raises(InputError, match="states the licence"):
+        put(world, merged, PublishSettings(license="other"))
+    done = put(world, merged, PublishSettings(license="apache-2.0"))
     assert "gemma" in PullRequests(world.hub("ann"), done.repo).get(1).description
 
 

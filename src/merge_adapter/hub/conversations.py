@@ -63,3 +63,13 @@ def members(hub: Hub, organisation: str) -> frozenset[str]:
     except NotFoundError:
         return frozenset()
     return frozenset(listed)
+
+
+def is_organisation(hub: Hub, name: str) -> bool:
+    """Whether an account of that name is an organisation."""
+    try:
+        with hub.calling(f"look for the organisation {name}", repo_id=name):
+            repeat(lambda: hub.api.get_organization_overview(name), hub.patience)
+    except NotFoundError:
+        return False
+    return True

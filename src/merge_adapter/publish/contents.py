@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_adapter.errors import InputError
+from merge_adapter.publish.licences import read_licence
+from merge_adapter.publish.settings import PublishSettings
 from merge_adapter.report.document import REPORT_FILE
 from merge_adapter.types import Progress
 
@@ -50,6 +52,32 @@ def check_contents(folder: Path, report: Mapping[str, Any], progress: Progress) 
             hint="Nothing was published. Merge again; a folder is published only as the gate judged it.",
         )
     return (*files, _report_file(root))
+
+
+def check_card(folder: Path, settings: PublishSettings) -> None:
+    """Raise InputError when a licence was given for the publication that the card in `folder` does not state."""
+    if settings.license is None or settings.licence is None:
+        return
+    stated = read_licence(read_card(folder / "README.md"))
+    if stated.id != settings.licence.licence.id:
+        raise InputError(
+            f"the model card in {folder} states the licence {stated}, but {settings.license} was given",
+            hint=f"Merge again with --license {settings.license}, which writes it into the card.",
+        )
+
+
+def read_card(place: Path) -> Mapping[str, Any]:
+    """The metadata of a model card; empty where there is none, or none that the Hub would read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    if not place.is_file():
+        return {}
+    try:
+        metadata = metadata_load(place)
+    except (YAMLError, UnicodeDecodeError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def sha256_of(chunks: Iterable[bytes]) -> str:

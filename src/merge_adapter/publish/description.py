@@ -6,31 +6,22 @@ configs) is escaped: it must not mention people, load images or break out of its
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from merge_adapter.publish.identity import Marker
-from merge_adapter.publish.settings import PublishSettings, Target
-from merge_adapter.types import Verdict, Verification
+from merge_adapter.publish.settings import Target
+from merge_adapter.report.evidence import escape, verdict_markdown
+from merge_adapter.types import Verdict
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
-_EVIDENCE_LIMIT = 40_000
-_REASON_LIMIT = 500
-_REASONS = 20
-"""20 reasons of 500 characters, escaped to five times that at worst, leave room for the rest."""
+_COMMENT_LIMIT = 40_000
+"""Characters of evidence: the Hub takes comments of up to 65,536."""
 _STATES = {
     Verdict.PASS: "The merged model answers as base + adapter does.",
     Verdict.FAIL: "**Not equivalent.** This stays a draft: the merged model does not answer as base + adapter does.",
     Verdict.INCONCLUSIVE: "**Not decided.** This stays a draft until equivalence is shown.",
 }
-
-
-def escape(text: str) -> str:
-    """`text` as plain words in Markdown: no markup, no HTML, no mention, one line."""
-    line = " ".join(text.split())
-    entities = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
-    return _SPECIAL.sub(r"\\\1", entities).replace("://", ":&#8203;//")
 
 
 def title(report: Mapping[str, Any]) -> str:
@@ -54,16 +45,9 @@ def placeholder(report: Mapping[str, Any], marker: Marker) -> str:
 
 
 def describe(
-    report: Mapping[str, Any],
-    verification: Verification,
-    marker: Marker,
-    target: Target,
-    settings: PublishSettings,
-    *,
-    evidence: str,
-    number: int,
+    report: Mapping[str, Any], marker: Marker, target: Target, *, notes: tuple[str, ...], number: int
 ) -> str:
-    """The description of pull request `number`; `evidence` is the verdict's table as Markdown, or ""."""
+    """The description of pull request `number`: sources, verdict with its evidence, how to judge it again."""
     adapter, base = report["adapter"], report["base"]
     method = escape(str(adapter.get("method") or "PEFT"))
     lines = [
@@ -71,61 +55,48 @@ def describe(
         "",
         f"The adapter {_link(adapter)} folded into its base model: full weights and tokenizer, no `peft` needed.",
         "",
-        _STATES[verification.verdict],
+        _STATES[marker.verdict],
         "",
         "| | repository | commit |",
         "|---|---|---|",
         f"| adapter ({method}) | {_link(adapter)} | {_commit(adapter)} |",
         f"| base | {_link(base)} | {_commit(base)} |",
         "",
+        _evidence(report),
+        "",
+        *(f"- {escape(note)}" for note in notes),
+        "",
+        *_how_to_check(report, target, number),
     ]
-    if evidence:
-        lines += [_fitting(evidence), ""]
-    lines += _reasons(verification)
-    lines += [f"- {escape(note)}" for note in settings.notes]
-    lines += ["", *_how_to_check(report, target, number)]
     return "\n".join(lines)
 
 
-def evidence_comment(report: Mapping[str, Any], verification: Verification, *, evidence: str) -> str:
+def evidence_comment(report: Mapping[str, Any], verdict: Verdict) -> str:
     """The comment on a pull request that stays a draft: what was found, and what would decide it."""
-    head = f"Adapter commit {_commit(report['adapter'])}: {_STATES[verification.verdict]}"
-    lines = [head, "", *_reasons(verification)]
-    if evidence:
-        lines += ["", _fitting(evidence)]
-    if verification.verdict is Verdict.INCONCLUSIVE:
-        lines += ["", "What would decide it is said above; a new run updates this pull request."]
+    lines = [f"Adapter commit {_commit(report['adapter'])}: {_STATES[verdict]}", "", _evidence(report)]
+    if verdict is Verdict.INCONCLUSIVE:
+        lines += ["", "What would decide it is said above. A new run updates this pull request."]
     return "\n".join(lines)
 
 
-def _reasons(verification: Verification) -> list[str]:
-    shown = [f"- {escape(reason[:_REASON_LIMIT])}" for reason in verification.reasons[:_REASONS]]
-    more = len(verification.reasons) - len(shown)
-    return [*shown, f"- and {more} more, in `merge_report.json`"] if more > 0 else shown
-
-
-def _fitting(evidence: str) -> str:
-    """The Hub takes comments of up to 65,536 characters; a table cut in two would be no table."""
-    clean = evidence.strip()
-    return clean if len(clean) <= _EVIDENCE_LIMIT else "The evidence is in `merge_report.json`."
+def _evidence(report: Mapping[str, Any]) -> str:
+    """Verdict, table and reasons. A table cut in two would be no table, so a huge one is left to the report."""
+    text = verdict_markdown(report["verification"]).strip()
+    return text if len(text) <= _COMMENT_LIMIT else "The evidence is in `merge_report.json`."
 
 
 def _how_to_check(report: Mapping[str, Any], target: Target, number: int) -> list[str]:
-    adapter = report["adapter"]
-    if not adapter.get("revision"):
-        return ["Every file with its hash is listed in `merge_report.json`."]
-    command = f"merge-adapter verify {target.repo_id}@refs/pr/{number} --adapter {adapter['id']}@{adapter['revision']}"
+    files = "Every file with its hash is listed in `merge_report.json`."
+    adapter, base = report["adapter"], report["base"]
+    if not adapter.get("revision") or not base.get("revision"):
+        return [files]
+    command = [f"merge-adapter verify {target.repo_id}@refs/pr/{number}", f"--adapter {_pinned(adapter)}"]
+    if adapter.get("subfolder"):
+        command.append(f"--subfolder {shlex.quote(adapter['subfolder'])}")
     if target.path_in_repo:
-        command += f" --subfolder {target.path_in_repo}"
-    return [
-        "To judge it again:",
-        "",
-        "```sh",
-        command,
-        "```",
-        "",
-        "Every file with its hash is listed in `merge_report.json`.",
-    ]
+        command.append(f"--merged-subfolder {shlex.quote(target.path_in_repo)}")
+    command.append(f"--base-model {_pinned(base)}")
+    return ["To judge it again:", "", "```sh", " \\\n  ".join(command), "```", "", files]
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from merge_adapter.errors import InputError, NotFoundError, PolicyError
 from merge_adapter.hub import ConflictError, PullRequest, PullRequests, Upload
 from merge_adapter.hub import commit as commit_to_hub
 from merge_adapter.publish import description
-from merge_adapter.publish.contents import LocalFile, check_contents
+from merge_adapter.publish.contents import LocalFile, check_card, check_contents
 from merge_adapter.publish.identity import (
     Identity,
     Marker,
@@ -61,22 +61,21 @@ class _Job:
     """One publication: what, where, and as whom."""
 
     report: Mapping[str, Any]
-    verification: Verification
+    verdict: Verdict
     files: tuple[LocalFile, ...]
     identity: Identity
     target: Target
     settings: PublishSettings
-    evidence: str
     hub: Hub
     progress: Progress
 
     @property
     def passed(self) -> bool:
-        return self.verification.verdict is Verdict.PASS
+        return self.verdict is Verdict.PASS
 
     @property
     def marker(self) -> Marker:
-        return Marker(self.identity, self.verification.verdict)
+        return Marker(self.identity, self.verdict)
 
     @property
     def listed(self) -> dict[str, tuple[int, str]]:
@@ -129,12 +128,11 @@ def publish(
     hub: Hub,
     settings: PublishSettings,
     progress: Progress,
-    evidence: str = "",
 ) -> Publication | None:
     """Offer a merged folder on the Hub; None when the verdict is not pass and drafts are not wanted.
 
-    `evidence` is the verdict's table as Markdown, for the description. Raises InputError when the folder is not what
-    `report` says, PolicyError when it may not be published there, HubError when the Hub fails or refuses.
+    Raises InputError when the folder is not what `report` says, PolicyError when it may not be published there,
+    HubError when the Hub fails or refuses.
     """
     if settings.publish_to is PublishTo.NONE:
         return None
@@ -142,17 +140,17 @@ def publish(
     if settings.target is None:
         settings = prepare_folder(report, settings, hub=hub)
     assert settings.target is not None
+    check_card(folder, settings)
     if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD:
         progress.note(f"Nothing is published: the verdict is {verification.verdict.value}.")
         return None
     job = _Job(
         report=report,
-        verification=verification,
+        verdict=verification.verdict,
         files=files,
         identity=identity_of_report(report, settings.target.path_in_repo),
         target=settings.target,
         settings=settings,
-        evidence=evidence,
         hub=hub,
         progress=progress,
     )
@@ -214,9 +212,7 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
         job.pulls.make_ready(pull)
         _close_superseded(job, pull)
     else:
-        job.pulls.comment(
-            pull, description.evidence_comment(job.report, job.verification, evidence=job.evidence)
-        )
+        job.pulls.comment(pull, description.evidence_comment(job.report, job.verdict))
     operation = Operation.UPDATED if filled else Operation.CREATED
     return _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
 
@@ -226,7 +222,7 @@ def _is_of(job: _Job, report: Mapping[str, Any] | None) -> bool:
     return (
         report is not None
         and identity_of_report(report, job.target.path_in_repo) == job.identity
-        and report["verification"]["verdict"] == job.verification.verdict.value
+        and report["verification"]["verdict"] == job.verdict.value
     )
 
 
@@ -304,15 +300,7 @@ def _check(job: _Job, commit: str, listed: Mapping[str, tuple[int, str]]) -> Non
 
 
 def _description(job: _Job, number: int) -> str:
-    return description.describe(
-        job.report,
-        job.verification,
-        job.marker,
-        job.target,
-        job.settings,
-        evidence=job.evidence,
-        number=number,
-    )
+    return description.describe(job.report, job.marker, job.target, notes=job.settings.notes, number=number)
 
 
 def _of_lane(pulls: PullRequests, identity: Identity) -> list[PullRequest]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, PolicyError
+from merge_adapter.publish.contents import read_card
 from merge_adapter.publish.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.publish.settings import Openness, PublishSettings, Source
 from merge_adapter.types import Repository
@@ -125,13 +126,4 @@ def licence_for(adapter: Licence, base: Licence, settings: PublishSettings) -> L
 
 
 def _local_card(repository: Repository) -> Mapping[str, Any]:
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    if "README.md" not in repository.files:
-        return {}
-    try:
-        metadata = metadata_load(repository.local("README.md"))
-    except (YAMLError, UnicodeDecodeError):
-        return {}  # a card that the Hub would refuse states nothing
-    return metadata if isinstance(metadata, dict) else {}
+    return read_card(repository.local("README.md")) if "README.md" in repository.files else {}

@@ -1,0 +1,87 @@
+"""Lists of adapters on the Hub, and the webhooks that watch for new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from huggingface_hub import WebhookInfo
+
+from merge_adapter.hub.session import repeat
+
+if TYPE_CHECKING:
+    from merge_adapter.hub.client import Hub
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """A webhook of this account."""
+
+    id: str
+    url: str
+    watched: tuple[str, ...]
+    """`type name`, such as `user ada`."""
+    domains: tuple[str, ...]
+    disabled: bool
+
+
+def adapters_of(hub: Hub, author: str) -> tuple[str, ...]:
+    """Ids of the author's repositories that hold an adapter, sorted."""
+    with hub.calling(f"list the models of {author}", repo_id=author):
+        listed = repeat(lambda: list(hub.api.list_models(author=author, full=True)), hub.patience)
+    return tuple(
+        sorted(
+            info.id
+            for info in listed
+            if any(file.rfilename.split("/")[-1] == ADAPTER_CONFIG for file in info.siblings or ())
+        )
+    )
+
+
+def models_in_collection(hub: Hub, slug: str) -> tuple[str, ...]:
+    """Ids of the models in a collection, in its order."""
+    with hub.calling(f"read the collection {slug}"):
+        found = repeat(lambda: hub.api.get_collection(slug), hub.patience)
+    return tuple(item.item_id for item in found.items if item.item_type == "model")
+
+
+def create_webhook(hub: Hub, url: str, watch: Iterable[str], secret: str) -> Webhook:
+    """Make the Hub call `url` for every push and comment in `watch`: owners, or repositories as owner/name."""
+    watched: list[dict[str, str]] = [{"type": _kind(hub, name), "name": name} for name in watch]
+    with hub.calling("create a webhook"):
+        made = hub.api.create_webhook(
+            url=url,
+            watched=watched,  # type: ignore[arg-type]  # the client takes dicts; list is invariant
+            domains=["repo", "discussion"],
+            secret=secret,
+        )
+    return _webhook(made)
+
+
+def list_webhooks(hub: Hub) -> tuple[Webhook, ...]:
+    """The webhooks of this account."""
+    with hub.calling("list the webhooks"):
+        return tuple(_webhook(one) for one in repeat(hub.api.list_webhooks, hub.patience))
+
+
+def delete_webhook(hub: Hub, webhook_id: str) -> None:
+    """Remove one. Raises NotFoundError for an id that this account has not."""
+    with hub.calling(f"delete the webhook {webhook_id}"):
+        hub.api.delete_webhook(webhook_id)
+
+
+def _kind(hub: Hub, name: str) -> str:
+    """What the Hub calls a thing to watch: `model`, `org` or `user`."""
+    if "/" in name:
+        return "model"
+    from merge_adapter.hub.conversations import is_organisation
+
+    return "org" if is_organisation(hub, name) else "user"
+
+
+def _webhook(info: WebhookInfo) -> Webhook:
+    watched = tuple(f"{item.type} {item.name}" for item in info.watched)
+    return Webhook(info.id, info.url or "(a job)", watched, tuple(info.domains), bool(info.disabled))
