@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ def _only_this_machine(event: str, arguments: tuple[object, ...]) -> None:
     host, port = address[0], address[1]
     host = host.decode() if isinstance(host, bytes) else host
     if host not in (*LOOPBACK, None, "") or (event == "socket.connect" and port == NOWHERE):
+        if isinstance(arguments[0], socket.socket):
+            arguments[0].close()  # nobody else will: libraries expect OSError here
         raise RuntimeError(
             f"a test spoke to {host}:{port}; tests reach only servers that they started themselves, on 127.0.0.1"
         )

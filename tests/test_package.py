@@ -15,6 +15,7 @@ import torch
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MalformedError, PolicyError
+from merge_adapter.merge import merge
 from merge_adapter.package import Packaged, package
 from merge_adapter.plan import make_plan
 from merge_adapter.resolve import SourceRequest, resolve
@@ -26,7 +27,11 @@ from merge_adapter.types import (
     MergeSettings,
     QuantizedBase,
     Resolved,
+    Silent,
+    Verdict,
 )
+from merge_adapter.verify import verify
+from merge_adapter.verify.settings import VerifySettings
 
 Copy = Callable[..., Path]
 
@@ -132,6 +137,27 @@ def test_base_template_completes_adapters_tokenizer(lm_adapter: Path, copy_of: C
     assert any("the chat template the base's" in note for note in packaged.notes)
 
 
+def test_gate_agrees_on_a_template_from_the_other_repository(
+    lm_adapter: Path, lm_base: Path, copy_of: Copy, tmp_path: Path
+) -> None:
+    """The gate expects the template that packaging puts there, and fails a folder without it."""
+    adapter = copy_of(lm_adapter)
+    (adapter / "chat_template.jinja").unlink()
+    sources = sources_of(adapter, lm_base)
+    settings = MergeSettings()
+    plan = make_plan(sources, settings)
+    out = tmp_path / "out"
+    out.mkdir()
+    merge(plan, sources, out, settings=settings, progress=Silent(), threads=1)
+    run(sources, out, plan)
+    gate = VerifySettings()
+    assert verify(out, sources, settings=gate, progress=Silent()).verdict is Verdict.PASS
+    (out / "chat_template.jinja").unlink()
+    rejected = verify(out, sources, settings=gate, progress=Silent())
+    assert rejected.verdict is Verdict.FAIL
+    assert any("chat template" in reason for reason in rejected.reasons)
+
+
 def test_leftovers_of_training_are_never_published(
     lm_adapter: Path, lm_base: Path, copy_of: Copy, tmp_path: Path
 ) -> None:
@@ -226,6 +252,29 @@ def test_embedding_model_loads_with_sentence_transformers(
     packaged = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(texts)
     original = SentenceTransformer(str(embedding_base), device="cpu").encode(texts)
     assert packaged == pytest.approx(original, abs=1e-6)
+
+
+def test_reranker_loads_with_cross_encoder(embedding_base: Path, tmp_path: Path) -> None:
+    """A CrossEncoder's own settings come along: prompts, activation, and one score per pair."""
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1
+    )
+    plain = tmp_path / "plain"
+    BertForSequenceClassification(config).save_pretrained(plain)
+    AutoTokenizer.from_pretrained(embedding_base).save_pretrained(plain)
+    base = tmp_path / "base"
+    CrossEncoder(str(plain), device="cpu", activation_fn=torch.nn.Tanh()).save_pretrained(str(base))
+    run(bare_sources(folder_with(tmp_path / "adapter"), base, base), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").symlink_to(base / "model.safetensors")
+    packaged = CrossEncoder(str(tmp_path / "out"), device="cpu")
+    pairs = [("What closes a file?", "Close the file."), ("What closes a file?", "Return the sine.")]
+    assert isinstance(packaged.activation_fn, torch.nn.Tanh)
+    assert packaged.predict(pairs) == pytest.approx(
+        CrossEncoder(str(base), device="cpu").predict(pairs), abs=1e-6
+    )
 
 
 def test_dense_module_with_pickled_weights_becomes_safetensors(tmp_path: Path) -> None:
