@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
+from merge_adapter.methods.config import starts_from_weights
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import NoNames, general_names, name_map, split_targets
 from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
 
-_LAYER_ONLY = ("target_parameters", "kasa_config", "use_bdlora", "monteclora_config")
+_LAYER_ONLY = ("kasa_config", "use_bdlora", "monteclora_config")
 """LoRA config keys that closed forms do not cover; PEFT's own layer does."""
 
 
@@ -28,7 +29,8 @@ def plan_adapter(
     """
     method = check_method(adapter.config)
     in_memory = settings.strategy is Strategy.MEMORY
-    if method.way is Way.ROWS and not in_memory and not any(adapter.config.get(key) for key in _LAYER_ONLY):
+    closed = method.way is Way.ROWS and not any(adapter.config.get(key) for key in _LAYER_ONLY)
+    if closed and not in_memory and not starts_from_weights(adapter.config):
         names = name_map(
             sources.base,
             adapter.config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ TASKS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """PEFT's task types and the auto classes that PEFT's own AutoPeftModel classes load for them."""
+
+_FUSED_SINCE = re.compile(r"\.experts\.\d+\.|\.block_sparse_moe\.|\.mlp\.gate$")
+"""Modules of mixture-of-experts models in transformers 4 that are parameters of one module since 5."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def build(
         except Exception as error:  # noqa: BLE001 - any class may refuse any config; the next may accept
             tried.append(f"{factory.__name__}: {_first_line(error)}")
             continue
-        absent = sorted(set(modules) - {name for name, _ in model.named_modules()})
+        present = {name for name, _ in model.named_modules()}
+        absent = sorted(name for name in set(modules) - present if not _FUSED_SINCE.search(name))
         if not absent:
             return Architecture(model, type(model).__name__)
         tried.append(
