@@ -208,6 +208,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # with it, each answer of two writes waits 40 ms
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
