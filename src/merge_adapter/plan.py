@@ -12,6 +12,7 @@ from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_
 from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, Planned
+from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import MergeSettings, Resolved, Strategy
 
@@ -96,9 +97,12 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     base = layout.specs
     files = [read_adapter(adapter) for adapter in sources.adapters]
     planned: list[Planned] = []
+    notes: list[str] = []
     consumed = 0
     for file in files:
-        made = plan_adapter(sources, settings, file.adapter, file.specs, base)
+        adapter, about_config = check_config(file.adapter)
+        made = plan_adapter(sources, settings, adapter, file.specs, base)
+        notes.extend((*file.notes, *about_config, *made.notes))
         consumed += account(file.specs, made.changes)
         planned.append(made)
     steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
@@ -106,10 +110,6 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     kept = {name: spec for name, spec in base.items() if name not in dropped}
     written = {spec.name: spec for step in steps for spec in step.change.writes}
     outputs = lay_out(layout, kept, written.values(), settings.dtype)
-    notes = [
-        *(note for file in files for note in file.notes),
-        *(note for made in planned for note in made.notes),
-    ]
     in_memory = next((made for made in planned if made.strategy is Strategy.MEMORY), None)
     final = {spec.name: spec for shard in outputs for spec in shard.tensors}
     total = sum(shard.bytes for shard in outputs)

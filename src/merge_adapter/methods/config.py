@@ -1,0 +1,144 @@
+"""adapter_config.json, checked before anything is planned: keys, values, and how the adapter began.
+
+Configs come from many versions of PEFT and of tools around it. PEFT drops keys it does not know, with a
+warning; here a key that is switched on and unknown is refused by name, for it may change the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from merge_adapter.errors import BaseModelError, MalformedError, MethodError
+from merge_adapter.types import Adapter
+
+LORA_KEYS = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+        "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+        "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices",
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "velora_config",
+        "alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication",
+        "runtime_config", "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+        "ensure_weight_tying",
+    }
+)  # fmt: skip
+"""Every field of PEFT's LoraConfig; a test compares."""
+
+HARMLESS = frozenset(
+    {
+        "auto_mapping", "base_model_class", "corda_config", "eva_config", "exclude_modules", "inference_mode",
+        "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+        "parent_library", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+        "base_model_name_or_path", "save_embedding_layers", "unsloth_fixed", "unsloth_version", "_name_or_path",
+        "transformers_version", "transformers_weights", "ephemeral_gpu_offload", "lora_plus_lr_ratio",
+    }
+)  # fmt: skip
+"""Keys that steer training, loading or bookkeeping, and never the merged weights."""
+
+_PLAIN_STARTS = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica", "none"})
+"""Values of `init_lora_weights` that leave the base as it is."""
+_CHANGED_BASE = {
+    "pissa": "PiSSA, which takes the base's principal components out of its weights",
+    "olora": "OLoRA, which takes a part of the base's QR decomposition out of its weights",
+    "corda": "CorDA, computed from calibration data that no adapter carries",
+    "lora_ga": "LoRA-GA, computed from gradients that no adapter carries",
+    "loftq": "LoftQ, which replaces the base's weights by quantised ones",
+}
+"""Values that change the base: beginning of the value -> what happens. An adapter saved converted says `true`."""
+
+
+def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter with a config that holds known keys only, and notes on what was dropped.
+
+    Raises MethodError for an unknown key that is switched on, MalformedError for values of the wrong kind,
+    BaseModelError for an adapter that fits only a base changed at initialisation.
+    """
+    known = LORA_KEYS if adapter.method == "LORA" else _keys_of(adapter.method)
+    unknown = {key: value for key, value in adapter.config.items() if key not in known}
+    active = sorted(key for key, value in unknown.items() if value and key not in HARMLESS)
+    if active:
+        raise MethodError(
+            f"adapter_config.json sets {', '.join(f'{key}={adapter.config[key]!r:.60}' for key in active)}, which"
+            " the installed PEFT does not know and which may change the arithmetic.",
+            hint="Update PEFT and merge-adapter, or remove the key if the training did not use it.",
+        )
+    config = {key: value for key, value in adapter.config.items() if key in known}
+    notes = []
+    if unknown:
+        notes.append(
+            f"Keys of adapter_config.json that this PEFT does not know were dropped: {_list(unknown)}."
+        )
+    if adapter.method == "LORA":
+        _check_lora_values(config)
+        _check_start(config)
+    return replace(adapter, config=config), tuple(notes)
+
+
+def _keys_of(method: str) -> frozenset[str]:
+    """The config fields of a method other than LoRA; empty stays empty for methods PEFT does not have."""
+    import dataclasses
+
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if method not in PeftType.__members__:
+        return frozenset()
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method]]
+    return frozenset(entry.name for entry in dataclasses.fields(made))
+
+
+def _check_start(config: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose `init_lora_weights` says that it fits a changed base."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    reason = next((why for name, why in _CHANGED_BASE.items() if start.startswith(name)), None)
+    if reason is not None:
+        raise BaseModelError(
+            f"This adapter was initialised by {reason}. It fits the base as it was changed then, not the one named"
+            f" (init_lora_weights={config['init_lora_weights']!r}).",
+            hint="Save it converted (save_pretrained with path_initial_model_for_weight_conversion). Or name the"
+            " changed base with --base-model and set init_lora_weights to true in adapter_config.json.",
+        )
+    if start not in _PLAIN_STARTS:
+        raise MethodError(
+            f"adapter_config.json: init_lora_weights is {config['init_lora_weights']!r}, which is not known.",
+            hint="Update merge-adapter, or set it to true if the base was not changed at initialisation.",
+        )
+
+
+def _check_lora_values(config: Mapping[str, Any]) -> None:
+    """The values that the arithmetic reads."""
+    for key in ("r", "lora_alpha"):
+        value = config.get(key, 8)
+        if not _is_number(value) or (key == "r" and (value < 1 or value != int(value))):
+            raise _wrong(key, "a positive number", value)
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping) or not all(_is_number(item) for item in value.values()):
+            raise _wrong(key, "a mapping from module patterns to numbers", value)
+    for key in ("modules_to_save", "target_parameters"):
+        value = config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise _wrong(key, "a list of names", value)
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
+        if config.get(key) not in (None, True, False):
+            raise _wrong(key, "true or false", config[key])
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise _wrong("bias", "none, all or lora_only", config["bias"])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wrong(key: str, expected: str, got: object) -> MalformedError:
+    return MalformedError(
+        f"adapter_config.json: expected {key} to be {expected}, got {got!r:.200}.",
+        hint="Save the adapter again.",
+    )
+
+
+def _list(keys: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(keys))
