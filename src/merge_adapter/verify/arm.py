@@ -20,13 +20,14 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
     try:
-        _work(folder, job, result)
+        work(folder, job, result)
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
         result["error"] = f"{type(error).__name__}: {error}"
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def _work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
+def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
+    """The job itself; fills `result` and leaves answers.safetensors."""
     import torch
     from safetensors.torch import load_file, save_file
 

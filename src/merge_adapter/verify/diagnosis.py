@@ -15,8 +15,15 @@ from merge_adapter.verify.weights import Agreement, TensorEvidence, blocks
 NEAR = 0.04
 """How close (relative) an alpha-hat must come to a known mistake to be named after it."""
 
+CLOSE = 0.05
+"""Relative distance of first rows below which two tensors are taken for the same."""
+
 ALONG = 0.35
 """Largest stray share for which a change still counts as a multiple of the update; rounding alone strays."""
+
+
+Rows = Callable[[int], Tensor]
+"""The first n rows of a tensor, (n, rest), fp32."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ def explain(
     update: Update | None,
     base: Tensor,
     clues: Clues,
-    others: Mapping[str, Callable[[], Tensor]],
+    others: Mapping[str, Rows],
 ) -> TensorEvidence:
-    """`evidence` with its diagnosis. `others` are what the model's tensors of the same shape should hold."""
+    """`evidence` with its diagnosis. `others` give the first rows of what tensors of the same shape should hold."""
     if evidence.agreement is not Agreement.WRONG:
         return evidence
     return replace(evidence, diagnosis=_diagnosis(evidence, merged, update, base, clues, others))
@@ -48,12 +55,12 @@ def _diagnosis(
     update: Update | None,
     base: Tensor,
     clues: Clues,
-    others: Mapping[str, Callable[[], Tensor]],
+    others: Mapping[str, Rows],
 ) -> str:
     damage = _damage(evidence, merged)
     if damage:
         return damage
-    place = _elsewhere(evidence.name, merged, base, others)
+    place = _elsewhere(evidence.name, merged, update, base, others)
     if update is None:
         words = f"differs from the base outside the adapter's targets ({_share(evidence)})"
         return f"{words}; {place}" if place else words
@@ -166,23 +173,34 @@ def _norm(merged: Tensor, update: Update) -> float:
     return math.sqrt(change / delta) if delta else math.inf
 
 
-def _elsewhere(name: str, merged: Tensor, base: Tensor, others: Mapping[str, Callable[[], Tensor]]) -> str:
+def _elsewhere(
+    name: str, merged: Tensor, update: Update | None, base: Tensor, others: Mapping[str, Rows]
+) -> str:
     """Another tensor's content, or its own turned round."""
     if merged.ndim < 2:
         return ""
     rows = min(4, merged.shape[0])
-    head = merged[:rows].float()
-    own = _distance(head, base[:rows].float()) if base.shape == merged.shape else math.inf
-    if own < 0.3:
+    head = as_matrix(merged)[:rows].float()
+    right = (
+        update.target_rows(0, rows, torch.float32) if update is not None else as_matrix(base)[:rows].float()
+    )
+    if _distance(head, right) < CLOSE:
         return ""
-    if merged.ndim == 2 and merged.shape == merged.T.shape and base.shape == merged.shape:
-        turned = _distance(head, base[:, :rows].T.float())
-        if turned < 0.3:
+    if merged.ndim == 2 and merged.shape[0] == merged.shape[1]:
+        pieces = [_rows(update, base, start, stop)[:, :rows] for start, stop in blocks(merged.shape)]
+        if _distance(head, torch.cat(pieces).T) < CLOSE:
             return "transposed"
     for other, content in others.items():
-        if other != name and _distance(head, content()[:rows].float()) < 0.1:
+        if other != name and _distance(head, content(rows)) < CLOSE:
             return f"holds what belongs to {other}"
     return ""
+
+
+def _rows(update: Update | None, base: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of what a tensor must be, fp32."""
+    if update is not None:
+        return update.target_rows(start, stop, torch.float32)
+    return as_matrix(base)[start:stop].float()
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

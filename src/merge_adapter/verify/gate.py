@@ -26,6 +26,7 @@ from merge_adapter.verify.expectations import Expectations, expectations
 from merge_adapter.verify.files import judge_files, local_layout, unloaded_tensors
 from merge_adapter.verify.findings import Finding, Weight, fault, note, undecided, verdict
 from merge_adapter.verify.greedy import judge_greedy
+from merge_adapter.verify.layers import judge_layers, layer_findings, layer_section
 from merge_adapter.verify.loading import (
     Kind,
     Loaded,
@@ -46,8 +47,9 @@ from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
 from merge_adapter.verify.separate import Merged, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint
-from merge_adapter.verify.tensors import WeightsPart, evidence_of, judge_tensors
+from merge_adapter.verify.tensors import WeightsPart, evidence_of, judge_tensors, named_tensors
 from merge_adapter.verify.tokens import judge_tokenizer, survey
+from merge_adapter.verify.weights import Agreement
 
 EXACT_DOCUMENTS = 4
 """Documents the merged arm reads when its weights are bit for bit the oracle's: only loading remains to be seen."""
@@ -93,6 +95,7 @@ class Gate:
         headers = judge_files(self.merged, held, dtype=self.settings.dtype)
         self.findings += headers.findings
         self.evidence["files"] = {
+            "verdict": str(verdict(headers.findings)),
             "tensors": headers.tensors,
             "bytes": headers.bytes,
             "dtypes": list(headers.dtypes),
@@ -121,6 +124,7 @@ class Gate:
         weights = self._weights(expected, merged.model)
         self.findings += unloaded_tensors(self.merged, headers.layout, held, merged.unexpected)
         self._note_time("weights", started)
+        self._layers(expected, merged.model, weights)
         embeddings = _embeddings(merged.model)
         del merged
         started = time.monotonic()
@@ -205,6 +209,17 @@ class Gate:
             ],
         }
         return part
+
+    def _layers(self, expected: Expectations, model: Any, weights: WeightsPart) -> None:
+        cast = any(entry.agreement is Agreement.CAST_FIRST for entry in weights.tensors)
+        held = named_tensors(model)
+        found, skipped = judge_layers(
+            expected, held, seed=self.settings.seed, allow_cast=cast, progress=self.progress
+        )
+        findings = list(layer_findings(found))
+        self.findings += findings
+        if found:
+            self.evidence["modules"] = layer_section(found, skipped, str(verdict(findings)))
 
     def _mutants(self, expected: Expectations, storage: torch.dtype) -> None:
         with self.progress.task("Injecting faults", None):
@@ -316,6 +331,8 @@ class Gate:
                 tokenizer=tokenizer,
                 trust=self.settings.trust_remote_code,
                 timeout=self.settings.timeout,
+                # with nothing to run, a process of its own would show no more than this one
+                isolated=self.settings.isolated and batch is not None,
             )
 
     def _greedy(self, arms: Arms, merged: Merged, source: Path | None) -> None:

@@ -25,7 +25,10 @@ class VerifySettings:
     greedy_prompts: int = 4
     """How many documents are continued."""
     outputs: bool = True
-    """False judges files, weights and modules only; the verdict can then be no better than inconclusive."""
+    """False judges files, weights, modules, tokenizer and configs only; the verdict is then inconclusive at best."""
+    isolated: bool = True
+    """The merged model runs in a process of its own, without PEFT and offline. False runs it in this process:
+    sooner done, and it shows less."""
     full_mutants: bool = False
     """True runs every injected fault through the modules and outputs parts too, not the weights part alone."""
     device: str = "cpu"

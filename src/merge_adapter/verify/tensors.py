@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from merge_adapter.types import Progress, Resolved
-from merge_adapter.verify.diagnosis import Clues, explain
+from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, warning
-from merge_adapter.verify.oracle import Replaced, Update
+from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
 from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
 
@@ -118,23 +119,22 @@ class _Lookup:
     """What the model's tensors of one shape should hold, for naming content found in the wrong place."""
 
     def __init__(self, expected: Expectations) -> None:
-        self._by_shape: dict[tuple[int, ...], dict[str, Callable[[], Tensor]]] = {}
+        self._by_shape: dict[tuple[int, ...], dict[str, Rows]] = {}
         for name, tensor in expected.plain.items():
-            self._by_shape.setdefault(tuple(tensor.shape), {})[name] = partial(_same, tensor)
+            self._by_shape.setdefault(tuple(tensor.shape), {})[name] = partial(_plain_rows, tensor)
         for name, update in expected.updates.items():
-            self._by_shape.setdefault(tuple(update.shape), {})[name] = partial(_whole, update)
+            self._by_shape.setdefault(tuple(update.shape), {})[name] = partial(_target_rows, update)
 
-    def alike(self, shape: tuple[int, ...]) -> Mapping[str, Callable[[], Tensor]]:
+    def alike(self, shape: tuple[int, ...]) -> Mapping[str, Rows]:
         return self._by_shape.get(shape, {})
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _plain_rows(tensor: Tensor, count: int) -> Tensor:
+    return as_matrix(tensor)[:count].float()
 
 
-def _whole(update: Update) -> Tensor:
-    # the first rows tell one tensor from another; the base is enough, updates are small beside it
-    return update.value if isinstance(update, Replaced) else update.base
+def _target_rows(update: Update, count: int) -> Tensor:
+    return update.target_rows(0, count, torch.float32)
 
 
 def _as_finding(evidence: TensorEvidence) -> Finding:

@@ -1,0 +1,185 @@
+"""The modules part: PEFT's own unmerged layer against the merged weight, on random vectors, layer by layer.
+
+It asks PEFT's forward pass instead of its (or our) merge arithmetic, so it works alike for every method, and it sees
+a single unmerged module that the outputs of a whole model would drown. Each layer is held against its own predicted
+error: what rounding the weight once leaves on average, and what fp32 sums over its width leave.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_adapter.types import Progress
+from merge_adapter.verify.expectations import Expectations
+from merge_adapter.verify.findings import Finding, fault, undecided
+from merge_adapter.verify.lazy import lazy, widen
+from merge_adapter.verify.oracle import Update
+from merge_adapter.verify.rounding import UNIT32, half_ulp
+
+VECTORS = 16
+"""Random inputs per layer."""
+
+SAMPLED_ROWS = 64
+"""Rows from which the rounding error of a weight is predicted."""
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One adapted layer."""
+
+    name: str
+    error: float
+    """|y_merged - y_unmerged|, root mean square over the vectors."""
+    predicted: float
+    """The same as rounding alone makes it."""
+    effect: float
+    """|y_base - y_unmerged|."""
+    limit: float
+    """Largest ratio of error to prediction that rounding can reach."""
+
+    @property
+    def ratio(self) -> float:
+        """Error in units of its limit; a right merge stays below 1."""
+        return (
+            self.error / (self.predicted * self.limit) if self.predicted else math.inf if self.error else 0.0
+        )
+
+    @property
+    def telling(self) -> bool:
+        """Whether a layer left unmerged would stand out."""
+        return self.effect > self.predicted * self.limit
+
+
+def judge_layers(
+    expected: Expectations, held: Mapping[str, Tensor], *, seed: int, allow_cast: bool, progress: Progress
+) -> tuple[list[LayerEvidence], int]:
+    """Every layer that PEFT adapted and that can be run alone, and the number of those that cannot."""
+    found: list[LayerEvidence] = []
+    skipped = 0
+    with progress.task("Running layers", len(expected.layers), unit="layers") as task:
+        for name, layer in expected.layers.items():
+            weight = held.get(name)
+            update = expected.updates[name]
+            if weight is not None and weight.shape == update.shape:
+                judged = judge_layer(
+                    name, layer, weight, _bias(name, held), update, seed=seed, allow_cast=allow_cast
+                )
+                if judged is None:
+                    skipped += 1
+                else:
+                    found.append(judged)
+            task.advance(1)
+    return found, skipped
+
+
+def _bias(name: str, held: Mapping[str, Tensor]) -> Tensor | None:
+    return held.get(f"{name.removesuffix('.weight')}.bias")
+
+
+def judge_layer(
+    name: str, layer: Any, weight: Tensor, bias: Tensor | None, update: Update, *, seed: int, allow_cast: bool
+) -> LayerEvidence | None:
+    """One layer; None for a kind that cannot be run on vectors alone. `layer` computes in fp32 afterwards."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
+    inputs = _inputs(base, seed)
+    if inputs is None:
+        return None
+    widen(layer, torch.device("cpu"))
+    twin = copy.copy(base)
+    twin._parameters = dict(base._parameters)
+    twin._parameters["weight"] = lazy(weight, torch.device("cpu"))
+    if bias is not None and twin._parameters.get("bias") is not None:
+        twin._parameters["bias"] = lazy(bias, torch.device("cpu"))
+    with torch.no_grad():
+        truth, merged, plain = layer(inputs), twin(inputs), base(inputs)
+    error, effect = _size(merged - truth), _size(plain - truth)
+    predicted = _predicted(update, weight.dtype, inputs, truth, allow_cast=allow_cast)
+    # every element at the edge of its tolerance is sqrt(3) times the average; few vectors scatter around that
+    width = min(VECTORS, truth.numel())
+    return LayerEvidence(name, error, predicted, effect, math.sqrt(3) * (1 + 3 / math.sqrt(2 * width)))
+
+
+def _inputs(base: nn.Module, seed: int) -> Tensor | None:
+    """Random inputs that suit the layer's kind."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(base, nn.Embedding):
+        return torch.randint(0, base.num_embeddings, (VECTORS,), generator=generator)
+    if isinstance(base, nn.Linear):
+        return torch.randn(VECTORS, base.in_features, generator=generator)
+    if type(base).__name__ == "Conv1D":
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        return torch.randn(VECTORS, weight.shape[0], generator=generator)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return torch.randn(VECTORS, base.in_channels, *base.kernel_size, generator=generator)
+    return None
+
+
+def _size(value: Tensor) -> float:
+    """Norm per input vector, root mean square."""
+    return float(value.double().reshape(value.shape[0], -1).square().sum(1).mean().sqrt())
+
+
+def _predicted(
+    update: Update, dtype: torch.dtype, inputs: Tensor, truth: Tensor, *, allow_cast: bool
+) -> float:
+    """What one rounding of the weight to `dtype` and two fp32 forward passes leave, on average."""
+    rows = update.shape[0]
+    picked = sorted(set(torch.linspace(0, rows - 1, min(SAMPLED_ROWS, rows)).long().tolist()))
+    square = mass = 0.0
+    for row in picked:
+        target = update.target_rows(row, row + 1, torch.float64)
+        # an error spread evenly over [-h, h] has mean square h^2 / 3
+        own = half_ulp(target, dtype).square().sum() / 3 + update.product_error(row, row + 1).square().sum()
+        if allow_cast:
+            own = own + update.cast_error(row, row + 1, dtype).square().sum()
+        square += float(own)
+        mass += float(target.square().sum())
+    square, mass = square * rows / len(picked), mass * rows / len(picked)
+    if not inputs.is_floating_point():
+        # a lookup reads one row and adds nothing up
+        return math.sqrt(square / rows + (UNIT32 * _size(truth)) ** 2)
+    width = inputs[0].numel()
+    # partial sums of a dot product walk at random: each of `width` additions rounds a sum that has grown by then
+    walk = UNIT32**2 * mass * width / 3
+    return math.sqrt(square + walk + (UNIT32 * _size(truth)) ** 2)
+
+
+def layer_findings(found: list[LayerEvidence]) -> Iterator[Finding]:
+    """A layer beyond its limit is a fault; layers whose effect drowns in rounding leave nothing to see."""
+    for entry in found:
+        if not entry.ratio <= 1:
+            name = entry.name.removesuffix(".weight")
+            text = (
+                f"answers {entry.ratio:.3g} times as far from PEFT's own layer as rounding allows "
+                f"({entry.error / entry.effect if entry.effect else math.inf:.2g} of the adapter's effect)"
+            )
+            yield fault("modules", name, text)
+    blind = sum(not entry.telling for entry in found)
+    if found and blind == len(found):
+        yield undecided("modules", "", "no layer's update stands out from the rounding of its dtype")
+
+
+def layer_section(found: list[LayerEvidence], skipped: int, verdict: str) -> dict[str, Any]:
+    """For merge_report.json."""
+    return {
+        "verdict": verdict,
+        "modules": len(found),
+        "within": sum(entry.ratio <= 1 for entry in found),
+        "telling": sum(entry.telling for entry in found),
+        "skipped": skipped,
+        "vectors": VECTORS,
+        "worst": _short(max((entry.ratio for entry in found), default=None)),
+        "worst_share": _short(max((e.error / e.effect for e in found if e.effect), default=None)),
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")

@@ -1,0 +1,207 @@
+"""Good merges, made by PEFT itself so that no code of ours stands behind them, and means to spoil a copy of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.types import Adapter, BaseModel, Resolved, Verification
+from merge_adapter.verify import VerifySettings, verify
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT reads a deprecated attribute of transformers, and transformers reports new heads: theirs, not ours."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def resolved(adapter: Path, base: Path, *more: Path) -> Resolved:
+    """Sources as `resolve` would give them, the tokenizer from the adapter when it has one."""
+    repository = Folder(adapter)
+    tokenizer = repository if "tokenizer.json" in repository.files else Folder(base)
+    adapters = []
+    for path in (adapter, *more):
+        config = json.loads((path / "adapter_config.json").read_text())
+        adapters.append(Adapter(Folder(path), config, str(config["peft_type"]).upper()))
+    held = tokenizer if "tokenizer.json" in tokenizer.files else None
+    return Resolved(
+        tuple(adapters), BaseModel(Folder(base), json.loads((base / "config.json").read_text())), held
+    )
+
+
+@dataclass(frozen=True)
+class Good:
+    """A merge that is right, with what it was made from."""
+
+    merged: Path
+    sources: Resolved
+    kind: str
+
+    def judge(self, merged: Path | None = None, **settings: Any) -> Verification:
+        """The gate's answer, without the outputs part unless asked for."""
+        chosen = VerifySettings(**{"outputs": False, **settings})
+        return verify(merged or self.merged, self.sources, settings=chosen)
+
+
+def base_as(base: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy of a base checkpoint with its floating-point tensors in `dtype`."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py", "onnx", "openvino"))
+    tensors = load_file(folder / "model.safetensors")
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge_with_peft(
+    adapter: Path, base: Path, out: Path, auto: str, *, safe: bool = False, shard: str = "5GB", **loading: Any
+) -> Path:
+    """PEFT's own merge, saved by transformers, with the tokenizer the adapter calls for."""
+    import peft
+    import transformers
+
+    with quiet():
+        model = getattr(transformers, auto).from_pretrained(base, dtype="auto", **loading)
+        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe)
+        merged.save_pretrained(out, max_shard_size=shard)
+    source = adapter if (adapter / "tokenizer.json").exists() else base
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, out / name)
+    return out
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture(scope="session")
+def good(
+    workshop: Path,
+    lm_base: Path,
+    lm_adapter: Path,
+    classifier_adapter: Path,
+    embedding_base: Path,
+    embedding_adapter: Path,
+) -> Callable[[str], Good]:
+    """`good("lm-bf16")`: one of six right merges, made once."""
+    sources = {
+        "lm": (lm_adapter, lm_base, "AutoModelForCausalLM", {}),
+        "cls": (classifier_adapter, lm_base, "AutoModelForSequenceClassification", {"num_labels": 2}),
+        "emb": (embedding_adapter, embedding_base, "AutoModel", {}),
+    }
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    made: dict[str, Good] = {}
+
+    def build(name: str) -> Good:
+        if name not in made:
+            kind, _, dtype = name.partition("-")
+            adapter, base, auto, loading = sources[kind]
+            own = workshop / f"{'emb' if kind == 'emb' else 'lm'}-base-{dtype}"
+            if not own.exists():
+                base_as(base, own, dtypes[dtype])
+            merged = merge_with_peft(adapter, own, workshop / name, auto, **loading)
+            made[name] = Good(merged, resolved(adapter, own), kind)
+        return made[name]
+
+    return build
+
+
+@dataclass(frozen=True)
+class Workpiece:
+    """A copy of a good merge that a test may spoil."""
+
+    folder: Path
+    good: Good
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the merged file holds."""
+        return load_file(self.folder / "model.safetensors")
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """What the base's file holds."""
+        folder = self.good.sources.base.repository.origin.folder
+        assert folder is not None
+        return load_file(folder / "model.safetensors")
+
+    @property
+    def rank(self) -> int:
+        """r of the adapter."""
+        return int(self.good.sources.adapter.config["r"])
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the merged file."""
+        plain = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(plain, self.folder / "model.safetensors", metadata={"format": "pt"})
+
+    def edit(self, names: Callable[[str], bool], change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Put `change(merged, base)` in the place of every tensor whose name `names` accepts; at least one."""
+        tensors, base = self.tensors, self.base
+        chosen = [name for name in tensors if names(name)]
+        assert chosen
+        for name in chosen:
+            own = base.get(name)
+            made = change(tensors[name], tensors[name] if own is None else own)
+            tensors[name] = made.to(tensors[name].dtype)
+        self.write(tensors)
+
+    def strengthen(self, names: Callable[[str], bool], factor: float) -> None:
+        """Merge the update `factor` times, rounded once."""
+        self.edit(names, lambda m, b: b.double() + factor * (m.double() - b.double()))
+
+    def config(self, name: str = "config.json", **changes: Any) -> None:
+        """Set fields of a JSON file; None removes one."""
+        document = json.loads((self.folder / name).read_text())
+        for key, value in changes.items():
+            if value is None:
+                document.pop(key, None)
+            else:
+                document[key] = value
+        (self.folder / name).write_text(json.dumps(document))
+
+
+@pytest.fixture
+def workpiece(tmp_path: Path, good: Callable[[str], Good]) -> Callable[[str], Workpiece]:
+    """`workpiece("lm-bf16")`: a copy to spoil."""
+
+    def copy(name: str) -> Workpiece:
+        right = good(name)
+        return Workpiece(Path(shutil.copytree(right.merged, tmp_path / name)), right)
+
+    return copy
