@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
-from merge_adapter.methods.config import starts_from_weights
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import NoNames, general_names, name_map, split_targets
@@ -29,8 +28,7 @@ def plan_adapter(
     """
     method = check_method(adapter.config)
     in_memory = settings.strategy is Strategy.MEMORY
-    closed = method.way is Way.ROWS and not any(adapter.config.get(key) for key in _LAYER_ONLY)
-    if closed and not in_memory and not starts_from_weights(adapter.config):
+    if method.way is Way.ROWS and not in_memory and not any(adapter.config.get(key) for key in _LAYER_ONLY):
         names = name_map(
             sources.base,
             adapter.config,
