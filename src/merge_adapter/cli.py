@@ -17,6 +17,7 @@ import typer
 
 from merge_adapter import __version__
 from merge_adapter import options as opt
+from merge_adapter.bot.cli import add_commands
 from merge_adapter.errors import ExitCode, MergeAdapterError, NotEquivalentError
 from merge_adapter.types import DType, MergeSettings, OnFail, PublishTo, QuantizedBase, Strategy, Verdict
 
@@ -303,6 +304,9 @@ def demo(
     from merge_adapter.demo import run_demo
 
     run_demo(keep=keep, console=_console())
+
+
+add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

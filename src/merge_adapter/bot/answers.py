@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_adapter.bot.jobs import Job, JobKind, JobRequest, JobState
 from merge_adapter.errors import MergeAdapterError
-from merge_adapter.publish.description import escape
+from merge_adapter.report.evidence import escape
 
 _ENDED = {
     JobState.DONE: "is done",

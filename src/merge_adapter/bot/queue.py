@@ -190,7 +190,7 @@ class Queue:
             row = db.execute(
                 f"""
                 UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, failures = ?, not_before = ?,
-                    exit_code = ?, message = ?, hint = ?
+                    remote = NULL, exit_code = ?, message = ?, hint = ?
                 WHERE {_FENCE} RETURNING id
                 """,
                 (

@@ -197,6 +197,8 @@ class _Heartbeat:
                 hold = Hold.LOST if now - held_at > self._queue.lease_seconds else Hold.HELD
             if hold is not Hold.HELD:
                 self.hold = hold
+                if hold is Hold.CANCELLED:
+                    self._watch.cancelled.set()
                 self._watch.stop.set()
 
 

@@ -24,7 +24,8 @@ _LOG_LIMIT = 4 << 20
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The runner stopped because it was told to; nothing of the job goes on anywhere."""
+    """The runner stopped because it was told to. Nothing of the job goes on, unless it runs elsewhere and was not
+    cancelled: then a later attempt follows it from there."""
 
 
 class Watch:
@@ -34,6 +35,8 @@ class Watch:
         self.folder = folder
         self.stop = threading.Event()
         """Set when the job is cancelled, the lease is lost, or the worker ends."""
+        self.cancelled = threading.Event()
+        """Set, before `stop`, when nobody wants the job any more."""
         self._token = token
         self._lock = threading.Lock()
         self._stage: Stage | None = None

@@ -1,0 +1,165 @@
+"""`backfill`: the table, the run, the summary."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from merge_adapter.bot import choices
+from merge_adapter.bot.backfill import Summary, carry_out
+from merge_adapter.bot.jobs import Job, JobState
+from merge_adapter.bot.settings import BotSettings, RunnerKind
+from merge_adapter.bot.survey import Candidate, Standing, survey
+from merge_adapter.errors import InputError
+from merge_adapter.hub import Hub
+from merge_adapter.hub.catalogue import adapters_of, models_in_collection
+from merge_adapter.hub.jobs import Flavour, hardware
+from merge_adapter.report.progress import human_bytes
+
+_STYLE = {
+    Standing.MERGED: "green",
+    Standing.TO_DO: "bold",
+    Standing.REFUSED: "yellow",
+    Standing.UNKNOWN: "red",
+}
+
+
+def run_backfill(
+    settings: BotSettings,
+    hub: Hub,
+    *,
+    authors: tuple[str, ...],
+    collections: tuple[str, ...],
+    file: Path | None,
+    go: bool,
+    parallel: int,
+    as_json: bool,
+) -> bool:
+    """Show what is to do, and with `go` do it. False when something was tried and not everything is done."""
+    names = _names(hub, authors, collections, file)
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"Looking at {len(names)} adapters"):
+        candidates = survey(names, hub, settings)
+    summary = _carry_out(candidates, settings, parallel, console) if go else None
+    if as_json:
+        sys.stdout.write(json.dumps(_document(candidates, summary), indent=2) + "\n")
+    else:
+        shown = Console(highlight=False)
+        shown.print(_table(candidates, settings, hub))
+        shown.print(_totals(candidates, summary))
+    return summary is None or summary.complete
+
+
+def _names(
+    hub: Hub, authors: tuple[str, ...], collections: tuple[str, ...], file: Path | None
+) -> tuple[str, ...]:
+    """Adapter ids, each once, in the order they were named."""
+    names: dict[str, None] = {}
+    for author in authors:
+        names |= dict.fromkeys(adapters_of(hub, author))
+    for slug in collections:
+        names |= dict.fromkeys(models_in_collection(hub, slug))
+    if file is not None:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if name := line.partition("#")[0].strip():
+                names[choices.repo_id(name, what="adapter")] = None
+    if not (authors or collections or file):
+        raise InputError("nothing was named", hint="Give --author OWNER, --collection SLUG or --file FILE.")
+    return tuple(names)
+
+
+def _carry_out(
+    candidates: tuple[Candidate, ...], settings: BotSettings, parallel: int, console: Console
+) -> Summary:
+    stop = threading.Event()
+    handlers = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def told(job: Job) -> None:
+        console.print(Text(f"{job.request.adapter}: {job.state.value} {job.message}".rstrip()))
+
+    try:
+        return carry_out(candidates, settings, parallel=parallel, stop=stop, told=told)
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def _table(candidates: tuple[Candidate, ...], settings: BotSettings, hub: Hub) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    columns = ["adapter", "base", "state", "uploads", "memory", "disk"]
+    flavours = hardware(hub) if settings.runner is RunnerKind.HF_JOBS else ()
+    for heading in [*columns, *(["hardware"] if flavours else []), ""]:
+        table.add_column(heading, overflow="fold")
+    for one in candidates:
+        todo = one.standing is Standing.TO_DO
+        sizes = (one.bytes_uploaded, one.memory_bytes, one.disk_bytes)
+        cells = [Text(human_bytes(size) if todo else "") for size in sizes]
+        if flavours:
+            cells.append(Text(_price(one, settings, flavours) if todo else ""))
+        state = Text(one.standing.value, style=_STYLE[one.standing])
+        table.add_row(Text(one.repo_id), Text(one.base), state, *cells, Text(one.note))
+    return table
+
+
+def _price(one: Candidate, settings: BotSettings, flavours: tuple[Flavour, ...]) -> str:
+    from merge_adapter.bot.runners.flavours import choose_flavour, estimate
+
+    try:
+        flavour = choose_flavour(flavours, settings.jobs_flavor, memory=one.memory_bytes, disk=one.disk_bytes)
+    except InputError:
+        return "none is large enough"
+    return f"{flavour.name}, about ${estimate(flavour, one.bytes_written):.2f}"
+
+
+def _totals(candidates: tuple[Candidate, ...], summary: Summary | None) -> Text:
+    count = {standing: sum(one.standing is standing for one in candidates) for standing in Standing}
+    lines = [", ".join(f"{number} {standing.value}" for standing, number in count.items() if number)]
+    if summary is None:
+        if count[Standing.TO_DO]:
+            upload = sum(one.bytes_uploaded for one in candidates)
+            lines.append(f"uploads at most {human_bytes(upload)}; carry it out with --go")
+    else:
+        ended = ", ".join(f"{number} {state.value}" for state, number in sorted(summary.counts.items()))
+        lines.append(f"carried out: {ended or 'nothing was to do'}")
+        if summary.interrupted:
+            lines.append("stopped; the same command goes on where this one was")
+    return Text("\n".join(line for line in lines if line))
+
+
+def _document(candidates: tuple[Candidate, ...], summary: Summary | None) -> dict[str, object]:
+    jobs = summary.jobs if summary else ()
+    return {
+        "schema": 1,
+        "adapters": [
+            {
+                "id": one.repo_id,
+                "revision": one.revision or None,
+                "base": one.base or None,
+                "state": one.standing.value,
+                "note": one.note,
+                "bytes_written": one.bytes_written,
+                "bytes_uploaded": one.bytes_uploaded,
+                "memory_bytes": one.memory_bytes,
+                "disk_bytes": one.disk_bytes,
+            }
+            for one in candidates
+        ],
+        "jobs": [
+            {
+                "id": job.id,
+                "adapter": job.request.adapter,
+                "state": job.state.value,
+                "message": job.message,
+                "publication": dict(job.publication) if job.publication else None,
+            }
+            for job in jobs
+        ],
+        "open": sum(job.state in (JobState.QUEUED, JobState.RUNNING) for job in jobs),
+    }

@@ -1,0 +1,113 @@
+"""Which adapters have no up-to-date merge, and what each would take: from configs and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from merge_adapter.bot.jobs import JobRequest, Source
+from merge_adapter.bot.settings import BotSettings
+from merge_adapter.errors import MergeAdapterError, RemoteError
+from merge_adapter.hub import Hub
+from merge_adapter.plan import make_plan
+from merge_adapter.publish import PublishSettings, find_published, prepare
+from merge_adapter.publish.policy import inspect
+from merge_adapter.publish.settings import Openness
+from merge_adapter.resolve import SourceRequest, resolve
+from merge_adapter.types import MergeSettings
+
+
+class Standing(StrEnum):
+    """Where an adapter stands."""
+
+    MERGED = "up to date"
+    TO_DO = "to do"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+    """The Hub failed; look again."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One adapter and what its merge would take."""
+
+    repo_id: str
+    standing: Standing
+    note: str = ""
+    """Why it is refused or unknown; where its merge is."""
+    base: str = ""
+    revision: str = ""
+    subfolder: str = ""
+    private: bool = True
+    bytes_written: int = 0
+    bytes_uploaded: int = 0
+    """At most: what the Hub has already is not sent again."""
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    def request(self, *, observed: float, batch: str) -> JobRequest:
+        """The job that does it."""
+        return JobRequest(
+            adapter=self.repo_id,
+            revision=self.revision,
+            source=Source.BACKFILL,
+            subfolder=self.subfolder,
+            private=self.private,
+            batch=batch,
+            observed=observed,
+        )
+
+
+def survey(
+    repo_ids: Iterable[str],
+    hub: Hub,
+    settings: BotSettings,
+    *,
+    threads: int = 8,
+    told: Callable[[Candidate], None] = lambda _: None,
+) -> tuple[Candidate, ...]:
+    """Look at every adapter, several at a time; the result is in the order given. Failures are candidates too."""
+
+    def look(repo_id: str) -> Candidate:
+        candidate = _look(repo_id, hub, settings)
+        told(candidate)
+        return candidate
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="survey") as pool:
+        return tuple(pool.map(look, repo_ids))
+
+
+def _look(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
+    try:
+        return _plan(repo_id, hub, settings)
+    except RemoteError as error:
+        return Candidate(repo_id, Standing.UNKNOWN, error.message)
+    except MergeAdapterError as error:
+        return Candidate(repo_id, Standing.REFUSED, error.message)
+
+
+def _plan(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
+    sources = resolve(SourceRequest((repo_id,), local_paths=False), hub=hub)
+    origin = sources.adapter.repository.origin
+    publishing = prepare(sources, MergeSettings(), PublishSettings(allow_base=settings.allow_base), hub=hub)
+    published = find_published(sources, MergeSettings(), publishing, hub=hub)
+    found = Candidate(
+        repo_id,
+        Standing.TO_DO,
+        base=sources.base.repository.origin.repo_id or "",
+        revision=origin.revision or "",
+        subfolder=origin.subfolder,
+        private=inspect("adapter", sources.adapter.repository)[0].openness is Openness.PRIVATE,
+    )
+    if published is not None:
+        return replace(found, standing=Standing.MERGED, note=published.publication.url)
+    plan = make_plan(sources, MergeSettings())
+    return replace(
+        found,
+        bytes_written=plan.bytes_written,
+        bytes_uploaded=plan.bytes_changed,
+        memory_bytes=plan.memory_bytes,
+        disk_bytes=plan.disk_bytes,
+    )
