@@ -79,6 +79,18 @@ class Posted:
     operation: Operation
 
 
+@dataclass(frozen=True)
+class WorkflowRun:
+    """One run of a workflow."""
+
+    id: int
+    title: str
+    """What `run-name` made of its event."""
+    url: str
+    conclusion: str | None
+    """`success`, `failure`, `cancelled`, …; None until it ended."""
+
+
 class GitHub:
     """One repository on GitHub, seen with one token."""
 
@@ -95,7 +107,7 @@ class GitHub:
             user_agent=f"merge-adapter/{__version__}",
             # A POST whose answer was lost may have been carried out: repeating it could comment twice.
             retry=GithubRetry(
-                total=3,
+                total=2,
                 backoff_factor=1,
                 max_rate_limit_wait=60,
                 allowed_methods=Retry.DEFAULT_ALLOWED_METHODS,
@@ -103,7 +115,7 @@ class GitHub:
             seconds_between_writes=None,
             lazy=True,
         )
-        self._repo = self._client.get_repo(repository, lazy=True)
+        self._repo = self._client.get_repo(repository)
 
     def __repr__(self) -> str:
         return f"GitHub({self.repository!r})"  # never the token
@@ -185,7 +197,8 @@ class GitHub:
             for asset in release.get_assets():
                 if asset.name == name:
                     asset.delete_asset()
-            return str(release.upload_asset(str(path), name=name).browser_download_url)
+            uploaded = release.upload_asset(str(path), name=name, content_type="application/octet-stream")
+            return str(uploaded.browser_download_url)
 
     def release_notes(self, release_id: int, start: str, end: str, text: str) -> str:
         """Put `text` between the markers `start` and `end` of a release's notes, at the end where they are missing.
@@ -226,6 +239,22 @@ class GitHub:
         with _calling("start a workflow", "contents: write"):
             self._repo.create_repository_dispatch(event_type, payload)
 
+    def dispatched_runs(self, since: str) -> tuple[WorkflowRun, ...]:
+        """Runs that a `repository_dispatch` started since a moment, in ISO 8601, the newest first."""
+        with _calling("list workflow runs", "actions: read"):
+            runs = self._repo.get_workflow_runs(event="repository_dispatch", created=f">={since}")
+            return tuple(_workflow_run(run) for run in islice(runs, _LOOK_BACK))
+
+    def workflow_run(self, run_id: int) -> WorkflowRun:
+        """One run as it stands."""
+        with _calling("look at a workflow run", "actions: read"):
+            return _workflow_run(self._repo.get_workflow_run(run_id))
+
+    def cancel_run(self, run_id: int) -> None:
+        """Stop a run; nothing when it has ended."""
+        with _calling("cancel a workflow run", "actions: write"):
+            self._repo.get_workflow_run(run_id).cancel()
+
     def _release(self, release_id: int) -> GitRelease:
         return self._repo.get_release(release_id)
 
@@ -235,6 +264,11 @@ class GitHub:
             if issue.pull_request is None and _owned(issue, marker, self.login):
                 return issue
         return None
+
+
+def _workflow_run(run: Any) -> WorkflowRun:
+    ended = run.status == "completed"
+    return WorkflowRun(int(run.id), str(run.display_title), str(run.html_url), run.conclusion if ended else None)
 
 
 def shortened(text: str, limit: int = BODY_LIMIT, *, rest: str) -> str:
