@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from merge_adapter.errors import MergeAdapterError
 from merge_adapter.hub.errors import ConflictError
-from merge_adapter.hub.session import RETRIED_STATUSES, once, repeat
+from merge_adapter.hub.session import RETRIED_STATUSES, once
 from merge_adapter.types import Progress
 
 if TYPE_CHECKING:
@@ -105,12 +105,8 @@ class _Sender:
         with self.hub.calling(
             f"upload {addition.path_in_repo} to {self.repo_id}", repo_id=self.repo_id, revision=self.ref
         ):
-            repeat(
-                lambda: self.hub.api.preupload_lfs_files(
-                    self.repo_id, [addition], revision=self.ref, free_memory=False
-                ),
-                self.hub.patience,
-            )
+            # The client repeats each request of an upload by itself.
+            self.hub.api.preupload_lfs_files(self.repo_id, [addition], revision=self.ref, free_memory=False)
 
     def send(self, operations: Sequence[Operation], uploads: Sequence[Upload]) -> str:
         """Commit; the sha. A lost answer is resolved by looking at the ref."""
