@@ -208,7 +208,7 @@ BAD: dict[str, tuple[Edit, ExitCode, str]] = {
         "lora_",
     ),
     "shapes do not fit": (_weights(_first_wider), ExitCode.UNMERGEABLE, "expected"),
-    "prompt tuning": (_config(peft_type="PROMPT_TUNING"), ExitCode.UNMERGEABLE, "PROMPT_TUNING"),
+    "prompt tuning": (_config(peft_type="PROMPT_TUNING"), ExitCode.UNMERGEABLE, "Prompt tuning"),
     "no method": (_config(peft_type=None), ExitCode.UNMERGEABLE, "peft_type"),
     "unknown method": (_config(peft_type="NOVELTY"), ExitCode.UNMERGEABLE, "NOVELTY"),
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
+from merge_adapter.methods.refuse import check_method
 from merge_adapter.types import Adapter, BaseModel, Origin, Repository, Resolved
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def resolve(request: SourceRequest, *, hub: Hub) -> Resolved:
 
     Raises NotFoundError for what does not exist, MalformedError for an unreadable config, PolicyError for a
     base on this machine named by a config on the Hub or a gate without access, HubError when the Hub
-    fails, BaseModelError when the base is itself an adapter.
+    fails, MethodError when the method has no merge, BaseModelError when the base is itself an adapter.
     """
     if not request.adapters:
         raise InputError(
@@ -84,6 +85,8 @@ def resolve(request: SourceRequest, *, hub: Hub) -> Resolved:
         _open_adapter(reference, weight, request, hub, notes)
         for reference, weight in zip(request.adapters, weights, strict=True)
     )
+    for adapter in adapters:
+        check_method(adapter.config)  # said before a base is looked for, which may be gated or gone
     base = _open_base(adapters, request, hub, notes)
     tokenizer = _choose_tokenizer(adapters[0].repository, base.repository, notes)
     return Resolved(adapters=adapters, base=base, tokenizer=tokenizer, notes=tuple(notes))
