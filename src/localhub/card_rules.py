@@ -22,7 +22,7 @@ _LICENSES = """
     llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """
 LICENSES = frozenset(_LICENSES.split())
-_REPO_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_REPO_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*|code|multilingual", re.ASCII)
 _MAX_TAG = 100
 

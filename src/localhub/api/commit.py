@@ -204,21 +204,26 @@ def _propose(
     if tree == git.tree_id(head):
         return _answer(ctx, repository, head, None)
     sha = git.add_commit(None, tree, [head], wanted.message, identity.name)
-    discussion, comment = ctx.hub.community.open(
-        repository,
-        title=wanted.summary[:200],
-        author=identity.name,
-        description=wanted.description,
-        base=base,
-    )
-    git.set_ref(discussion.ref, sha, force=True)
-    ctx.hub.community.add_event(discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha})
-    ctx.hub.webhooks.emit(
-        "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
-    )
-    ctx.hub.webhooks.emit(
-        "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
-    )
+    # One transaction: a crash in between leaves no pull request without its ref; a ref without a pull
+    # request is overwritten by the next one of that number.
+    with ctx.hub.database.writing():
+        discussion, comment = ctx.hub.community.open(
+            repository,
+            title=wanted.summary[:200],
+            author=identity.name,
+            description=wanted.description,
+            base=base,
+        )
+        git.set_ref(discussion.ref, sha, force=True)
+        ctx.hub.community.add_event(
+            discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha}
+        )
+        ctx.hub.webhooks.emit(
+            "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
+        )
+        ctx.hub.webhooks.emit(
+            "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
+        )
     return _answer(ctx, repository, sha, discussion)
 
 

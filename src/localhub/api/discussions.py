@@ -66,7 +66,7 @@ def create(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> dict[s
     repository = _open_to(ctx, kind, owner, name)
     identity = _participant(ctx, repository)
     pull_request = bool(body.get("pullRequest"))
-    with ctx.hub.git.lock(repository):
+    with ctx.hub.git.lock(repository), ctx.hub.database.writing():
         discussion, comment = ctx.hub.community.open(
             repository,
             title=text(body, "title"),

@@ -20,9 +20,9 @@ from localhub.xet.store import check_hash
 router = APIRouter()
 
 LFS_JSON = "application/vnd.git-lfs+json"
-MULTIPART_FROM = 64 * 1024 * 1024
+MULTIPART_FROM = 16 * 1024 * 1024
 """Bytes from which uploads go in parts."""
-PART_BYTES = 32 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024
 MAX_PARTS = 10_000
 
 

@@ -52,10 +52,12 @@ def create(ctx: Ctx, body: JsonBody) -> dict[str, Any]:
                 "url": ctx.base_url + existing.web_path,
             },
         )
-    repository = ctx.hub.repositories.create(
-        kind, owner, name, private=_private(body) or False, sdk=body.get("sdk")
-    )
-    ctx.hub.git.create(repository, identity.name)
+    # One transaction: a crash in between leaves no entry without its git repository.
+    with ctx.hub.database.writing():
+        repository = ctx.hub.repositories.create(
+            kind, owner, name, private=_private(body) or False, sdk=body.get("sdk")
+        )
+        ctx.hub.git.create(repository, identity.name)
     head = ctx.git(repository).ref("refs/heads/main")
     ctx.hub.webhooks.emit("create", "repo", ctx.subject(repository))
     ctx.hub.webhooks.emit(

@@ -1,0 +1,104 @@
+"""Pages for people."""
+
+from __future__ import annotations
+
+import httpx2
+from huggingface_hub import CommitOperationAdd
+
+EVIL = """---
+license: mit
+tags: ["<b>x</b>"]
+---
+# Title
+
+<script>alert(1)</script> [bad](javascript:alert(1)) ![img](http://elsewhere/x.png)
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def _get(hub, path, **more):
+    return httpx2.get(f"{hub.url}{path}", headers={"Accept": "text/html"}, **more)
+
+
+def test_readme_is_rendered_and_escaped(hub, alice, repo):
+    """Markdown becomes HTML, HTML becomes text, and nothing is fetched from elsewhere."""
+    alice.create_commit(repo, [CommitOperationAdd("README.md", EVIL.encode())], commit_message="<i>m</i>")
+    page = _get(hub, f"/{repo}")
+    assert "<h1>Title</h1>" in page.text
+    assert "<td>1</td>" in page.text
+    assert "&lt;script&gt;" in page.text
+    assert "<script" not in page.text
+    assert 'href="javascript' not in page.text
+    assert "&lt;b&gt;x&lt;/b&gt;" in page.text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "img-src 'self'" in policy
+    assert "&lt;i&gt;m&lt;/i&gt;" in _get(hub, f"/{repo}/commits/main").text
+
+
+def test_every_page_of_a_pull_request_repository(hub, alice, bob, repo):
+    """Files, folders, a file, history, commits, the list, the request with its diff and comments."""
+    alice.create_commit(
+        repo,
+        [CommitOperationAdd("dir/a b.txt", b"<one>\ntwo\n"), CommitOperationAdd("w.bin", b"\x00" * 5000)],
+        commit_message="files",
+    )
+    pr = bob.create_commit(
+        repo, [CommitOperationAdd("dir/a b.txt", b"<one>\nTWO\n")], commit_message="Shout", create_pr=True
+    )
+    alice.comment_discussion(repo, 1, "Looks **good** <script>")
+    assert repo in _get(hub, "/").text
+    assert repo in _get(hub, "/alice").text
+    assert "dir/" in _get(hub, f"/{repo}/tree/main").text
+    assert "a b.txt" in _get(hub, f"/{repo}/tree/main/dir").text
+    assert "&lt;one&gt;" in _get(hub, f"/{repo}/blob/main/dir/a%20b.txt").text
+    assert "5 kB" in _get(hub, f"/{repo}/blob/main/w.bin").text
+    assert "TWO" in _get(hub, f"/{repo}/blob/refs%2Fpr%2F1/dir/a%20b.txt").text
+    assert "TWO" in _get(hub, f"/{repo}/blob/refs/pr/1/dir/a%20b.txt").text
+    assert "Shout" in _get(hub, f"/{repo}/commit/{pr.oid}").text
+    assert "Shout" in _get(hub, f"/{repo}/discussions").text
+    page = _get(hub, f"/{repo}/discussions/1").text
+    assert '<div class="add">+TWO</div>' in page
+    assert '<div class="del">-two</div>' in page
+    assert "<strong>good</strong>" in page
+    assert "<script>" not in page
+    assert 'class="status open"' in page
+    alice.merge_pull_request(repo, 1)
+    assert "merged as" in _get(hub, f"/{repo}/discussions/1").text
+
+
+def test_datasets_have_their_own_addresses(hub, alice):
+    """`/datasets/owner/name`, also for downloads."""
+    alice.create_repo("alice/data-page", repo_type="dataset")
+    alice.upload_file(
+        path_or_fileobj=b"1", path_in_repo="x.csv", repo_id="alice/data-page", repo_type="dataset"
+    )
+    assert "x.csv" in _get(hub, "/datasets/alice/data-page/tree/main").text
+    assert _get(hub, "/datasets/alice/data-page/resolve/main/x.csv").content == b"1"
+    assert _get(hub, "/alice/data-page").status_code == 401
+
+
+def test_private_pages_need_a_login(hub, alice):
+    """A cookie that only opens pages; signing out forgets it."""
+    alice.create_repo("alice/private-page", private=True)
+    assert _get(hub, "/alice/private-page").status_code == 401
+    assert "private-page" not in _get(hub, "/").text
+    with httpx2.Client(base_url=hub.url, headers={"Accept": "text/html"}, follow_redirects=True) as browser:
+        assert browser.post("/login", data={"token": "wrong"}).status_code == 401
+        assert "private-page" in browser.post("/login", data={"token": "hf_alice"}).text
+        assert browser.get("/alice/private-page").status_code == 200
+        written = browser.post("/api/repos/create", json={"name": "by-cookie"})
+        assert written.status_code == 401
+        assert "private-page" not in browser.post("/logout").text
+
+
+def test_missing_pages(hub):
+    """A page with the reason; control characters are refused outright."""
+    assert _get(hub, "/alice/never-was").status_code == 401
+    assert "404" in _get(hub, "/nobody-here").text
+    assert _get(hub, "/alice/x%00y").status_code == 400
+    assert _get(hub, "/static/..%2Frender.py").status_code == 404
+    assert _get(hub, "/static/style.css").headers["content-type"].startswith("text/css")
