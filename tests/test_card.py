@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from localhub.card_rules import check_card
@@ -244,3 +246,45 @@ def test_sentences_carry_no_markup() -> None:
     """Foreign words in a sentence of ours are words."""
     tokens = MarkdownIt("commonmark").parseInline(sentence("*a* [b](c) <d> `e` \n# f &amp; ![g](h)"))
     assert {child.type for token in tokens for child in token.children or ()} <= {"text", "text_special"}
+
+
+PIECES = st.sampled_from(
+    [
+        *"#=-+*_`~<>[]()!|\\&:\"'\n\n\n\t 1.",
+        "    ",
+        "```",
+        "~~~",
+        "<b>",
+        "</b>",
+        "<!--",
+        "-->",
+        "---\n",
+        "text",
+        "> ",
+        "- ",
+        "[merge_report.json]: https://evil.example\n",
+        "[a](https://evil.example)",
+        "<script>",
+        "\r\n",
+        "1. ",
+        "<?",
+        "&lt;",
+        "<https://example.org>",
+        "<https://",
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(PIECES, max_size=40).map("".join))
+def test_no_text_breaks_out_of_its_quote(body: str) -> None:
+    """Whatever the adapter's card says, what stands around it is read as it was written."""
+    document = f"# Ours\n\n[merge_report.json]\n\n{quoted(body)}\n\n## After\n\nours"
+    tokens = MarkdownIt("commonmark").parse(document)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [token for token in tokens if token.type == "html_block"]
+    assert not [child for child in inline if child.type == "html_inline"]
+    assert len([token for token in tokens if token.type == "heading_open" and token.tag in ("h1", "h2")]) == 2
+    outside = [token for token in tokens if token.type == "inline" and token.level == 1]
+    assert [token.content for token in outside] == ["Ours", "[merge_report.json]", "After", "ours"]
+    assert [child.type for child in outside[1].children or ()] == ["text"]

@@ -10,7 +10,7 @@ from markdown_it.token import Token
 
 _LONGEST = 120
 """Characters of a foreign name shown in a sentence or table."""
-_QUOTED_BYTES = 32 << 10
+_QUOTED = 32 << 10
 """Characters of a quoted card kept at most."""
 _LOWEST_HEADING = 6
 _HEADING_SHIFT = 2
@@ -41,11 +41,38 @@ def quoted(text: str) -> str:
     """A foreign Markdown document as a block quote.
 
     Its front matter is gone, headings are lowered, HTML is shown instead of rendered, link definitions are
-    inert, and whatever block it leaves open ends with the quote. Code blocks are kept as they are.
+    inert, and whatever block it leaves open ends with the quote. Code blocks are kept as they are. The
+    result is parsed again; a document that still is not contained is shown as plain text.
     """
-    body = _printable(without_front_matter(text)).strip()
-    if len(body) > _QUOTED_BYTES:
-        body = body[:_QUOTED_BYTES] + "\n\n(cut here: the card is longer)"
+    # A tab reaches to the next stop of four columns, which the quote's own "> " would shift.
+    body = _printable(without_front_matter(text)).expandtabs(4).strip()
+    if len(body) > _QUOTED:
+        body = body[:_QUOTED] + "\n\n(cut here: the card is longer)"
+    written = _block_quote(body)
+    return written if _is_contained(written) else _fenced(body)
+
+
+def _is_contained(written: str) -> bool:
+    """Whether a Markdown reader sees one block quote without HTML, high headings or link definitions."""
+    environment: dict[str, object] = {}
+    tokens = MarkdownIt("commonmark").parse(written, environment)
+    everything = [*tokens, *(child for token in tokens for child in token.children or ())]
+    top = [token.type for token in tokens if token.level == 0]
+    return (
+        top == ["blockquote_open", "blockquote_close"]
+        and not environment.get("references")
+        and not any(token.type in ("html_block", "html_inline") for token in everything)
+        and not any(token.type == "heading_open" and token.tag in ("h1", "h2") for token in tokens)
+    )
+
+
+def _fenced(body: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", body)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{body}\n{fence}"
+
+
+def _block_quote(body: str) -> str:
     lines = body.split("\n")
     # Parsed without HTML, as it will be read once its tags are escaped: an HTML block hides headings.
     tokens = MarkdownIt("commonmark", {"html": False}).parse(body)
