@@ -1,0 +1,345 @@
+"""Model families of transformers, built tiny from their configs: a LoRA merged by streaming equals base + adapter.
+
+For each family a base is saved by transformers and a LoRA on every linear layer by PEFT, with non-zero effect.
+The merge is planned and written from the files; the result is loaded by transformers, each of its parameters is
+compared with PEFT's merge in memory, and its outputs with those of base + adapter, all in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.errors import MethodError, PolicyError, UnmergeableError
+from merge_adapter.merge import merge
+from merge_adapter.plan import make_plan
+from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Strategy
+
+TOLERANCE = 1e-5
+"""Of a parameter: one sum in float32, made in another order than PEFT's. Of an output: relative to its largest value;
+products of thin matrices, then whole layers, round differently merged and apart."""
+OUTPUT_TOLERANCE = 2e-4
+
+DECODER = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {
+    **DECODER, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+LATENT = {
+    **EXPERTS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "num_key_value_heads": 2, "head_dim": 4,
+}  # fmt: skip
+GPT = {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ENCODER = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+    "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "sep_token_id": 2,
+}  # fmt: skip
+SEQ2SEQ = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64, "max_position_embeddings": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+T5 = {
+    "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "vocab_size": 64,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4, "num_channels": 3, "projection_dim": 16, "vision_use_head": False,
+}  # fmt: skip
+AUDIO = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+    "conv_dim": [16, 16], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1,
+    "temporal_patch_size": 1, "in_chans": 3, "in_channels": 3, "intermediate_size": 32, "mlp_ratio": 2,
+    "out_hidden_size": 16, "fullatt_block_indexes": [1], "window_size": 8,
+}  # fmt: skip
+MROPE = {
+    **DECODER,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture and how to run it."""
+
+    config: Mapping[str, Any]
+    auto: str = "AutoModelForCausalLM"
+    inputs: str = "tokens"
+    """`tokens`, `seq2seq`, `pixels`, `audio`, `mel` or `pair` (tokens and pixels)."""
+    targets: Any = "all-linear"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _language(*names: str, config: Mapping[str, Any] = DECODER) -> dict[str, Family]:
+    return {name: Family(config) for name in names}
+
+
+def _classifier(*names: str) -> dict[str, Family]:
+    return {name: Family(ENCODER, "AutoModelForSequenceClassification") for name in names}
+
+
+def _sequence(*names: str, config: Mapping[str, Any]) -> dict[str, Family]:
+    return {name: Family(config, "AutoModelForSeq2SeqLM", "seq2seq") for name in names}
+
+
+def _with_images(text: Mapping[str, Any], vision: Mapping[str, Any], **more: Any) -> Family:
+    config = {"text_config": dict(text), "vision_config": dict(vision), **more}
+    return Family(config, "AutoModelForImageTextToText")
+
+
+FAMILIES: dict[str, Family] = {
+    **_language(
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "stablelm",
+        "starcoder2", "cohere2", "granite", "glm4", "smollm3", "nemotron", "exaone4", "persimmon", "helium",
+    ),
+    "gpt2": Family(GPT, targets=["c_attn", "c_proj", "c_fc"]),
+    "gpt_neox": Family(ENCODER),
+    "gptj": Family({**GPT, "rotary_dim": 4}),
+    "gpt_bigcode": Family(GPT),
+    "opt": Family({**DECODER, "ffn_dim": 32, "word_embed_proj_dim": 16}),
+    "bloom": Family({"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64}),
+    "falcon": Family({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}),
+    "mpt": Family({"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 64, "max_seq_len": 32}),
+    **_language(
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "ernie4_5_moe", "glm4_moe",
+        config=EXPERTS,
+    ),
+    "phimoe": Family(EXPERTS, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    **_language("deepseek_v2", "deepseek_v3", config=LATENT),
+    **_classifier("bert", "roberta", "electra", "deberta-v2", "modernbert", "nomic_bert", "albert", "mpnet"),
+    "distilbert": Family(
+        {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 64, "max_position_embeddings": 32},
+        "AutoModelForSequenceClassification",
+    ),
+    **_sequence("bart", "mbart", "pegasus", "marian", config=SEQ2SEQ),
+    **_sequence("t5", "umt5", "switch_transformers", config=T5),
+    "whisper": Family(
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
+        "AutoModelForSpeechSeq2Seq", "mel",
+    ),
+    "wav2vec2": Family(AUDIO, "AutoModelForCTC", "audio", targets=["q_proj", "v_proj", "intermediate_dense"]),
+    "hubert": Family(AUDIO, "AutoModelForCTC", "audio", targets=["q_proj", "v_proj", "intermediate_dense"]),
+    "mamba": Family({"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
+                    targets=["in_proj", "x_proj", "embeddings"]),
+    "mamba2": Family(
+        {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4, "num_heads": 4, "head_dim": 8,
+         "n_groups": 1, "chunk_size": 8}, targets=["in_proj"],
+    ),
+    "falcon_mamba": Family({"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
+                           targets=["in_proj", "x_proj"]),
+    "jamba": Family(
+        {**EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+         "expert_layer_period": 2, "expert_layer_offset": 1},
+        targets=["q_proj", "v_proj", "in_proj", "x_proj", "embed_tokens"],
+    ),
+    "recurrent_gemma": Family({**DECODER, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 8}),
+    "bamba": Family(
+        {**DECODER, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
+         "attn_layer_indices": [1]}, targets=["q_proj", "v_proj", "in_proj"],
+    ),
+    "llava": _with_images({"model_type": "llama", **DECODER}, {"model_type": "clip_vision_model", **VISION},
+                          image_token_index=63),
+    "llava_next": _with_images({"model_type": "llama", **DECODER}, {"model_type": "clip_vision_model", **VISION},
+                               image_token_index=63, image_grid_pinpoints=[[8, 8]]),
+    "paligemma": _with_images({"model_type": "gemma", **DECODER}, {"model_type": "siglip_vision_model", **VISION},
+                              image_token_index=63, projection_dim=16, hidden_size=16),
+    "gemma3": _with_images({"model_type": "gemma3_text", **DECODER}, {"model_type": "siglip_vision_model", **VISION},
+                           image_token_index=63, mm_tokens_per_image=4),
+    "idefics3": _with_images({"model_type": "llama", **DECODER}, VISION, image_token_id=63, scale_factor=2),
+    "qwen2_vl": _with_images(MROPE, QWEN_VISION, image_token_id=63),
+    "qwen2_5_vl": _with_images(MROPE, QWEN_VISION, image_token_id=63),
+    "vit": Family(VISION, "AutoModelForImageClassification", "pixels", targets=["q_proj", "v_proj", "fc1"]),
+    "dinov2": Family(VISION, "AutoModelForImageClassification", "pixels", targets=["q_proj", "v_proj", "fc1"]),
+    "clip": Family(
+        {"text_config": {**ENCODER, "max_position_embeddings": 16}, "vision_config": VISION, "projection_dim": 16},
+        "AutoModel", "pair",
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Tiny configs draw advice from transformers and PEFT that says nothing about merging."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def make_base(model_type: str, family: Family, folder: Path) -> None:
+    """Save a base whose norms and biases are not trivial."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.CONFIG_MAPPING[model_type](**family.config)
+    model = getattr(transformers, family.auto).from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+
+
+def make_adapter(model: Any, family: Family, folder: Path) -> None:
+    """Save a LoRA on the family's targets; ranks and factors large enough to move the outputs."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(4)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=family.targets)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(folder)
+
+
+def inputs_of(family: Family) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    tokens = torch.arange(3, 11)[None]
+    return {
+        "tokens": lambda: {"input_ids": tokens},
+        "seq2seq": lambda: {"input_ids": tokens, "decoder_input_ids": tokens[:, :4]},
+        "pixels": lambda: {"pixel_values": torch.randn(1, 3, 8, 8)},
+        "audio": lambda: {"input_values": torch.randn(1, 64)},
+        "mel": lambda: {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": tokens[:, :4]},
+        "pair": lambda: {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 8, 8)},
+    }[family.inputs]()
+
+
+def first_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        made = model(**inputs)
+    return made.logits if getattr(made, "logits", None) is not None else made[0]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_streamed_merge_equals_base_and_adapter(model_type: str, tmp_path: Path) -> None:
+    import transformers
+    from peft import PeftModel
+
+    family = FAMILIES[model_type]
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    load: Callable[[Path], Any] = lambda folder: (  # noqa: E731
+        getattr(transformers, family.auto).from_pretrained(folder, dtype=torch.float32).eval()
+    )
+    with quietly():
+        make_base(model_type, family, base)
+        make_adapter(load(base), family, adapter)
+        sources = resolved(base, adapter)
+        settings = MergeSettings()
+        plan = make_plan(sources, settings)
+    assert plan.strategy is Strategy.STREAM
+    assert plan.consumed == plan.adapter_tensors > 0
+    output.mkdir()
+    merge(plan, sources, output, settings=settings, progress=Silent())
+    write_config(base, output, plan.config_changes)
+
+    with quietly():
+        inputs = inputs_of(family)
+        merged, plain = load(output), load(base)
+        before = first_output(plain, inputs)
+        adapted = PeftModel.from_pretrained(plain, adapter).eval()
+        expected = first_output(adapted, inputs)
+        got = first_output(merged, inputs)
+        reference = adapted.merge_and_unload()
+    scale = float(expected.abs().max())
+    assert float((expected - before).abs().max()) > 1e-2 * scale, "the adapter must change the output"
+    assert float((got - expected).abs().max()) <= OUTPUT_TOLERANCE * scale
+    # PEFT's merge of one of two tied parameters changes both; there the outputs decide.
+    parted = tied_names(load(base)) if "tie_word_embeddings" in plan.config_changes else set()
+    state = merged.state_dict()
+    for name, value in reference.state_dict().items():
+        if name not in parted:
+            assert float((state[name] - value).abs().max()) <= TOLERANCE, name
+
+
+def tied_names(model: Any) -> set[str]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for same in names.values() if len(same) > 1 for name in same}
+
+
+def test_a_family_that_ties_for_good_is_refused(tmp_path: Path) -> None:
+    """T5 scales its outputs when embeddings are tied: no checkpoint holds a changed head apart."""
+    family = Family(T5, "AutoModelForSeq2SeqLM", "seq2seq", targets=["lm_head"])
+    with quietly():
+        make_base("t5", family, tmp_path / "base")
+        import transformers
+
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+        make_adapter(model, family, tmp_path / "adapter")
+        with pytest.raises(MethodError, match="ties") as caught:
+            make_plan(resolved(tmp_path / "base", tmp_path / "adapter"), MergeSettings())
+    assert caught.value.hint
+
+
+def test_a_family_unknown_to_transformers_is_refused(tmp_path: Path) -> None:
+    """Its own code is not run unasked; without code the type is named."""
+    family = FAMILIES["gpt2"]
+    with quietly():
+        make_base("gpt2", family, tmp_path / "base")
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        make_adapter(model, family, tmp_path / "adapter")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "model_type": "nobody_knows"}))
+    with pytest.raises(UnmergeableError, match="nobody_knows"):
+        make_plan(resolved(tmp_path / "base", tmp_path / "adapter"), MergeSettings())
+    file.write_text(
+        json.dumps({**config, "model_type": "nobody_knows", "auto_map": {"AutoModelForCausalLM": "m.M"}})
+    )
+    with pytest.raises(PolicyError, match="nobody_knows") as caught:
+        make_plan(resolved(tmp_path / "base", tmp_path / "adapter"), MergeSettings())
+    assert "--trust-remote-code" in caught.value.hint
+
+
+def test_there_are_forty_families() -> None:
+    assert len(FAMILIES) >= 40
+
+
+def resolved(base: Path, adapter: Path) -> Resolved:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return Resolved(
+        (Adapter(Folder(adapter), config, config["peft_type"]),),
+        BaseModel(Folder(base), json.loads((base / "config.json").read_text())),
+        None,
+    )
+
+
+def write_config(base: Path, output: Path, changes: Mapping[str, Any]) -> None:
+    """What packaging does, as far as loading needs it."""
+    config = json.loads((base / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, **changes}))
+    for file in base.glob("generation_config.json"):
+        shutil.copy(file, output)
