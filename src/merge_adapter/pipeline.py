@@ -132,7 +132,6 @@ def run(
     Sources and settings already published are not merged again: the outcome says "unchanged".
     """
     from merge_adapter.publish import find_published, prepare, publish
-    from merge_adapter.report.evidence import verdict_markdown
 
     if output is not None:
         check_destination(output)
@@ -161,7 +160,6 @@ def run(
                 hub=hub,
                 settings=publishing,
                 progress=progress,
-                evidence=verdict_markdown(report["verification"]),
             )
         if publication is not None:
             report = {**report, "publication": document.publication_entry(publication)}
@@ -177,7 +175,6 @@ def run(
 def publish_folder(folder: Path, publishing: PublishSettings, *, hub: Hub, progress: Progress) -> RunOutcome:
     """Publish a folder merged earlier, by its report; refused when its files no longer match that report."""
     from merge_adapter.publish import prepare_folder, publish
-    from merge_adapter.report.evidence import verdict_markdown
 
     report = document.read(folder)
     verdict = Verdict(report["verification"]["verdict"])
@@ -190,7 +187,6 @@ def publish_folder(folder: Path, publishing: PublishSettings, *, hub: Hub, progr
         hub=hub,
         settings=publishing,
         progress=progress,
-        evidence=verdict_markdown(report["verification"]),
     )
     if publication is not None:
         report = {**report, "publication": document.publication_entry(publication)}
