@@ -166,6 +166,13 @@ def world(local_hub: LocalHub, two_shards: Path, tmp_path: Path, request: pytest
     return World(local_hub.url, two_shards, tmp_path, itertools.count(start))
 
 
+@pytest.fixture(scope="session")
+def shared_base(local_hub: LocalHub, two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base for tests that leave it as it is."""
+    world = World(local_hub.url, two_shards, tmp_path_factory.mktemp("shared"), itertools.count())
+    return world.base()
+
+
 def _report(adapter: dict[str, Any], base: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "schema": 1,

@@ -55,8 +55,8 @@ def put(world, merged, settings: PublishSettings = PULL_REQUEST, *, hub: Hub | N
 
 
 @pytest.fixture
-def sources(world) -> tuple[str, str]:
-    return world.adapter(), world.base()
+def sources(world, shared_base: str) -> tuple[str, str]:
+    return world.adapter(), shared_base
 
 
 def test_a_passed_merge_becomes_a_ready_pull_request(world, sources, tmp_path: Path) -> None:
@@ -316,9 +316,9 @@ def test_private_sources_give_a_private_repository(world) -> None:
         put(world, merged, PublishSettings(target_repo=public))
 
 
-def test_a_gated_base_is_not_published_in_the_open(world, sources) -> None:
+def test_a_gated_base_is_not_published_in_the_open(world) -> None:
     """The adapter's owner has no access, the bot has: the default target is refused, and nothing is created."""
-    adapter, base = sources
+    adapter, base = world.adapter(), world.base()
     world.api("corp").update_repo_settings(base, gated="manual")
     merged = world.merged(adapter, base)
     with pytest.raises(PolicyError, match="may not have access"):

@@ -206,7 +206,7 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
     if status == 403:
         return HubError(
             f"cannot {call.doing}: {situation} is not allowed to (HTTP 403){said}",
-            hint=_permission_hint(call),
+            hint=_permission_hint(call, said),
         )
     if status in (409, 412):
         return ConflictError(f"cannot {call.doing}: it changed meanwhile (HTTP {status}){said}", hint=AGAIN)
@@ -225,7 +225,14 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
     return HubError(f"cannot {call.doing}: the Hub refused (HTTP {status}){said}")
 
 
-def _permission_hint(call: Call) -> str:
+def _permission_hint(call: Call, said: str) -> str:
+    if "disabled" in said and "discussion" in said.lower():
+        return f"Enable the community tab in the settings of {call.repo_id}, or use --publish new-repo."
+    if oidc_resource() and call.token is None:
+        return (
+            f"A Trusted Publisher token writes to {oidc_resource()} alone and creates no repository: create "
+            f"{call.repo_id or 'the target'} once by hand and let HF_OIDC_RESOURCE name it, or set HF_TOKEN instead."
+        )
     owner = (call.repo_id or "").split("/")[0] or "the owner"
     return (
         f"A fine-grained token needs 'Write access to contents/settings' for {owner} (new repositories, commits) "
