@@ -106,6 +106,12 @@ def obeyed(log: str) -> list[Command]:
     return found
 
 
+@pytest.fixture(scope="session")
+def runner_obeys() -> Callable[[str], list[Command]]:
+    """`runner_obeys(log)`: the commands that the runner takes from a log."""
+    return obeyed
+
+
 def _new_form(line: str, registered: set[str]) -> Command | None:
     match = re.match(r"\s*::([^:\s]+)(?: (.*?))?::(.*)$", line)
     if match is None or match[1] not in registered:

@@ -70,7 +70,7 @@ class Log:
 
     def hide(self, values: Iterable[str]) -> None:
         """Have the runner mask these values, and mask them ourselves. Before anything can print them."""
-        fresh = tuple(value for value in values if value and value not in self._secrets)
+        fresh = tuple(dict.fromkeys(value for value in values if value and value not in self._secrets))
         self._secrets = (*self._secrets, *fresh)
         for value in fresh:
             for line in value.splitlines():
