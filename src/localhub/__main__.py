@@ -93,6 +93,7 @@ async def _serve(hub: Hub, listener: socket.socket) -> None:
         make_app(hub),
         log_level="warning",
         access_log=False,
+        date_header=False,
         timeout_graceful_shutdown=2,
         timeout_keep_alive=30,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from email.utils import formatdate
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -52,7 +53,7 @@ def make_app(hub: Hub) -> FastAPI:
     app.router.redirect_slashes = False
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
-    app.middleware("http")(_request_id)
+    app.middleware("http")(_common_headers)
     app.add_middleware(routing.KeepEncodedSlashes)
     for module in (account, collections, jobs, webhooks, oauth, validate, lfs, xet, content, commit):
         app.include_router(module.router)
@@ -81,8 +82,12 @@ def _http_error(_: Request, error: Exception) -> Response:
     )
 
 
-async def _request_id(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Clients quote this id in their error messages."""
+async def _common_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """The id that clients quote in error messages, and the exact time.
+
+    Clients that read a log compare its timestamps with Date; uvicorn's own may be a second old.
+    """
     response = await call_next(request)
+    response.headers["Date"] = formatdate(usegmt=True)
     response.headers["X-Request-Id"] = request.headers.get("x-amzn-trace-id") or secrets.token_hex(8)
     return response

@@ -218,12 +218,12 @@ def _propose(
         ctx.hub.community.add_event(
             discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha}
         )
-        ctx.hub.webhooks.emit(
-            "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
-        )
-        ctx.hub.webhooks.emit(
-            "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
-        )
+    ctx.hub.webhooks.emit(
+        "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
+    )
+    ctx.hub.webhooks.emit(
+        "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
+    )
     return _answer(ctx, repository, sha, discussion)
 
 
