@@ -51,7 +51,7 @@ class LocalRunner:
             shutil.rmtree(empty, ignore_errors=True)
 
     def _environment(self, token: str) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD)}
+        inherited = {name: value for name, value in os.environ.items() if not withheld(name)}
         return {
             **inherited,
             "HF_TOKEN": token,
@@ -90,6 +90,11 @@ class LocalRunner:
         document = _document(b"".join(printed))
         keep_report(watch.folder, document)
         return outcome_of(process.returncode, document, last_line=last[0])
+
+
+def withheld(name: str) -> bool:
+    """Whether a variable of this environment is kept from jobs."""
+    return name.startswith(_WITHHELD)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

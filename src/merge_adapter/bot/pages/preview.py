@@ -1,0 +1,63 @@
+"""The plan before a job: made by `merge-adapter plan` in a process of its own, with the user's own token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from merge_adapter.bot.pages.forms import Wish
+from merge_adapter.bot.runners.local import withheld
+from merge_adapter.bot.settings import BotSettings
+from merge_adapter.errors import HubError, InputError
+from merge_adapter.types import DType, Strategy
+
+_SECONDS = 90.0
+_AT_ONCE = threading.BoundedSemaphore(2)
+"""Plans read headers only, but each costs a Python process."""
+
+
+def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
+    """What `merge-adapter plan --json` prints: the plan, or `error`. Raises HubError when it takes too long."""
+    reference = f"{wish.adapter}@{wish.revision}" if wish.revision else wish.adapter
+    options = wish.options
+    chosen = {
+        "--subfolder": wish.subfolder,
+        "--base-model": options.base_model,
+        "--base-revision": options.base_revision,
+        "--dtype": options.dtype.value if options.dtype is not DType.AUTO else None,
+        "--strategy": options.strategy.value if options.strategy is not Strategy.AUTO else None,
+    }
+    arguments = [text for name, value in chosen.items() if value for text in (name, value)]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not withheld(name)},
+        "HF_TOKEN": token,
+        **({"HF_ENDPOINT": settings.endpoint} if settings.endpoint else {}),
+    }
+    if not _AT_ONCE.acquire(timeout=_SECONDS):
+        raise HubError("too many plans are being made", hint="Try again in a minute.")
+    try:
+        with tempfile.TemporaryDirectory(prefix="merge-adapter-plan-") as empty:
+            done = subprocess.run(
+                [sys.executable, "-m", "merge_adapter", "plan", reference, *arguments, "--json"],
+                cwd=empty,  # no folder of this machine can be meant
+                env=environment,
+                capture_output=True,
+                timeout=_SECONDS,
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise HubError(f"the plan took more than {_SECONDS:.0f} seconds", hint="Try again later.") from None
+    finally:
+        _AT_ONCE.release()
+    try:
+        parsed = json.loads(done.stdout)
+    except ValueError:
+        raise InputError("the plan could not be made", hint="Check the names in the form.") from None
+    return parsed if isinstance(parsed, dict) else {}

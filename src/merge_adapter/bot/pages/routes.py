@@ -1,0 +1,135 @@
+"""What each address of the page shows."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+
+from merge_adapter.bot.app import BodyTooLargeError, Parts
+from merge_adapter.bot.logs import log
+from merge_adapter.bot.pages import actions, login, views
+from merge_adapter.bot.pages.forms import read_form
+from merge_adapter.bot.pages.render import HEADERS, page, static_file
+from merge_adapter.errors import MergeAdapterError, NotFoundError, PolicyError
+from merge_adapter.hub.oauth import authorize_url, finish_login, new_attempt
+
+_FOR_EVER = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+
+
+def add_pages(app: FastAPI, parts: Parts) -> None:
+    """Mount the pages. An error of ours becomes a page that says what to do."""
+    _add_views(app, parts)
+    _add_actions(app, parts)
+    _add_login(app, parts)
+
+    @app.exception_handler(MergeAdapterError)
+    async def failed(request: Request, error: MergeAdapterError) -> HTMLResponse:
+        status = 404 if isinstance(error, NotFoundError) else 403 if isinstance(error, PolicyError) else 422
+        return _error(request, parts, error.message, error.hint, status)
+
+    @app.exception_handler(BodyTooLargeError)
+    async def too_large(request: Request, error: BodyTooLargeError) -> HTMLResponse:  # noqa: ARG001
+        return _error(request, parts, "the form is too long", "", 413)
+
+    @app.exception_handler(404)
+    async def missing(request: Request, error: Exception) -> HTMLResponse:  # noqa: ARG001
+        return _error(request, parts, "there is no such page", "The jobs are listed on the first page.", 404)
+
+
+def _add_views(app: FastAPI, parts: Parts) -> None:
+    @app.get("/", response_class=HTMLResponse)
+    def home(request: Request) -> HTMLResponse:
+        return views.home(request, login.read_session(request, parts), parts)
+
+    @app.get("/jobs", response_class=HTMLResponse)
+    def jobs(request: Request) -> HTMLResponse:
+        return views.jobs(request, login.read_session(request, parts), parts)
+
+    @app.get("/jobs/{job_id}", response_class=HTMLResponse)
+    def job(request: Request, job_id: str) -> HTMLResponse:
+        return views.job(job_id, login.read_session(request, parts), parts)
+
+    @app.get("/jobs/{job_id}/live", response_class=HTMLResponse)
+    def live(request: Request, job_id: str) -> HTMLResponse:
+        return views.live(job_id, login.read_session(request, parts), parts)
+
+    @app.get("/jobs/{job_id}/log")
+    def job_log(request: Request, job_id: str) -> Response:
+        text = views.whole_log(job_id, login.read_session(request, parts), parts)
+        return PlainTextResponse(text, headers=HEADERS)
+
+    @app.get("/jobs/{job_id}/report")
+    def report(request: Request, job_id: str) -> Response:
+        return views.report_page(job_id, login.read_session(request, parts), parts)
+
+    @app.get("/jobs/{job_id}/report.json")
+    def report_json(request: Request, job_id: str) -> Response:
+        return views.report_json(job_id, login.read_session(request, parts), parts)
+
+    @app.get("/static/{name}")
+    def static(name: str) -> Response:
+        found = static_file(name)
+        if found is None:
+            raise NotFoundError("there is no such file")
+        return Response(found[0], media_type=found[1], headers=_FOR_EVER)
+
+
+def _add_actions(app: FastAPI, parts: Parts) -> None:
+    @app.post("/plan")
+    async def plan(request: Request) -> Response:
+        form = await read_form(request, parts)
+        return await run_in_threadpool(actions.plan, request, form, parts)
+
+    @app.post("/jobs")
+    async def submit(request: Request) -> Response:
+        form = await read_form(request, parts)
+        return await run_in_threadpool(actions.submit, request, form, parts)
+
+    @app.post("/jobs/{job_id}/cancel")
+    async def cancel(request: Request, job_id: str) -> Response:
+        form = await read_form(request, parts)
+        return await run_in_threadpool(actions.cancel, request, form, job_id, parts)
+
+    @app.post("/logout")
+    async def logout(request: Request) -> Response:
+        form = await read_form(request, parts)
+        return await run_in_threadpool(actions.logout, request, form, parts)
+
+
+def _add_login(app: FastAPI, parts: Parts) -> None:
+    @app.get("/login")
+    def begin(request: Request) -> Response:  # noqa: ARG001
+        oauth = login.oauth_app(parts)
+        if oauth is None:
+            raise PolicyError("nobody can log in here", hint="The bot's owner has not set oauth_client_id.")
+        attempt = new_attempt()
+        response = RedirectResponse(authorize_url(oauth, attempt), status_code=303, headers=HEADERS)
+        login.keep_attempt(response, attempt, parts)
+        return response
+
+    @app.get("/login/callback")
+    def callback(request: Request, code: str = "", state: str = "") -> Response:
+        oauth, attempt = login.oauth_app(parts), login.read_attempt(request, parts)
+        if oauth is None or attempt is None or not code:
+            raise PolicyError("the login did not come to an end", hint="Log in again.")
+        done = finish_login(oauth, attempt, code=code, state=state)
+        log("login", user=done.user)
+        response = RedirectResponse("/", status_code=303, headers=HEADERS)
+        response.delete_cookie(login.ATTEMPT, path="/")
+        login.begin_session(response, done, parts)
+        return response
+
+
+def _error(request: Request, parts: Parts, message: str, hint: str, status: int) -> HTMLResponse:
+    """A whole page, or for htmx only what goes where the answer was expected."""
+    template = "problem.html" if request.headers.get("HX-Request") else "error.html"
+    session = login.read_session(request, parts)
+    return page(
+        template,
+        status=status,
+        session=session,
+        can_login=login.oauth_app(parts) is not None,
+        message=message,
+        hint=hint,
+    )

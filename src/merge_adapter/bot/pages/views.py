@@ -1,0 +1,171 @@
+"""Pages that only show. What a viewer may not see does not exist for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from merge_adapter.bot.app import Parts
+from merge_adapter.bot.jobs import Job, JobState
+from merge_adapter.bot.pages.login import Session, oauth_app
+from merge_adapter.bot.pages.render import HEADERS, page
+from merge_adapter.bot.rows import JobFilter, count_jobs, find_job, list_jobs
+from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
+from merge_adapter.errors import MalformedError, NotFoundError
+from merge_adapter.report import document
+from merge_adapter.report.charts import histogram_svg, tensors_svg
+from merge_adapter.report.evidence import verdict_rows
+from merge_adapter.report.page import page as report_html
+from merge_adapter.types import DType, Strategy
+
+_PAGE = 25
+_LOG_LINES = 200
+_LOG_BYTES = 200_000
+_HUB = "https://huggingface.co"
+
+
+def common(session: Session, parts: Parts) -> dict[str, Any]:
+    """What every whole page needs."""
+    return {"session": session, "can_login": oauth_app(parts) is not None}
+
+
+def home(request: Request, session: Session, parts: Parts) -> HTMLResponse:
+    """The form and the newest jobs."""
+    recent = list_jobs(parts.queue.store, JobFilter(viewer=session.viewer), limit=8)
+    return page(
+        "home.html",
+        **common(session, parts),
+        jobs=recent,
+        adapter=request.query_params.get("adapter", "")[:200],
+        dtypes=[one.value for one in DType],
+        strategies=[one.value for one in Strategy],
+    )
+
+
+def jobs(request: Request, session: Session, parts: Parts) -> HTMLResponse:
+    """The list with filter and search; for htmx the list alone."""
+    query = request.query_params
+    state, text = query.get("state", ""), query.get("q", "")[:200]
+    number = query.get("page", "1")
+    at = min(int(number), 10_000) if number.isdigit() and int(number) else 1
+    states = (JobState(state),) if state in {one.value for one in JobState} else ()
+    wanted = JobFilter(states, text, viewer=session.viewer)
+    found = list_jobs(parts.queue.store, wanted, limit=_PAGE + 1, offset=(at - 1) * _PAGE)
+    counts = count_jobs(parts.queue.store, JobFilter(text=text, viewer=session.viewer))
+
+    def url(page_number: int) -> str:
+        return "/jobs?" + urlencode({"state": state, "q": text, "page": page_number})
+
+    partial = request.headers.get("HX-Request") and not request.headers.get("HX-History-Restore-Request")
+    return page(
+        "job_list.html" if partial else "jobs.html",
+        **common(session, parts),
+        jobs=found[:_PAGE],
+        states=[(one.value, counts.get(one, 0)) for one in JobState],
+        state=state,
+        text=text,
+        total=sum(counts.values()),
+        newer=url(at - 1) if at > 1 else "",
+        older=url(at + 1) if len(found) > _PAGE else "",
+    )
+
+
+def job(job_id: str, session: Session, parts: Parts) -> HTMLResponse:
+    """One job: its facts, and the part that moves."""
+    return page("job.html", **common(session, parts), **_job_values(job_id, session, parts))
+
+
+def live(job_id: str, session: Session, parts: Parts) -> HTMLResponse:
+    """The part of a job's page that moves; once the job has ended it asks no more."""
+    return page("job_live.html", **_job_values(job_id, session, parts))
+
+
+def whole_log(job_id: str, session: Session, parts: Parts) -> str:
+    """A job's log."""
+    found = _visible(job_id, session, parts)
+    path = parts.settings.job_folder(found.id) / LOG_FILE
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def report_page(job_id: str, session: Session, parts: Parts) -> HTMLResponse:
+    """The report as its own page, under a policy that lets it do nothing."""
+    report = _report(_visible(job_id, session, parts), parts)
+    if report is None:
+        raise NotFoundError("this job has no report")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
+    return HTMLResponse(report_html(report), headers={**HEADERS, "Content-Security-Policy": policy})
+
+
+def report_json(job_id: str, session: Session, parts: Parts) -> JSONResponse:
+    """merge_report.json."""
+    report = _report(_visible(job_id, session, parts), parts)
+    if report is None:
+        raise NotFoundError("this job has no report")
+    return JSONResponse(report, headers=HEADERS)
+
+
+def _visible(job_id: str, session: Session, parts: Parts) -> Job:
+    found = find_job(parts.queue.store, job_id)
+    if found is None or not session.viewer.may_see(found):
+        hint = "" if session.user else "Log in, if it is yours."
+        raise NotFoundError(f"there is no job {job_id[:40]}", hint=hint)
+    return found
+
+
+def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
+    found = _visible(job_id, session, parts)
+    report = _report(found, parts)
+    verification = report["verification"] if report else {}
+    outputs = verification.get("outputs") or {}
+    weights = verification.get("weights") or {}
+    stage = found.stage
+    share = None
+    if stage is not None and stage.total:
+        share = max(0.0, min(1.0, stage.done / stage.total))
+    return {
+        "job": found,
+        "hub": parts.settings.endpoint or _HUB,
+        "url": _safe_url(found),
+        "may_cancel": found.open and session.viewer.may_change(found),
+        "csrf": session.csrf,
+        "share": share,
+        "log": _log_end(parts.settings.job_folder(found.id) / LOG_FILE),
+        "report": report,
+        "rows": verdict_rows(verification) if report else (),
+        "reasons": verification.get("reasons") or (),
+        "histogram": histogram_svg(outputs.get("histogram") or {}, str(outputs.get("metric", ""))),
+        "tensors": tensors_svg(weights.get("per_tensor") or ()),
+        "texts": (verification.get("greedy") or {}).get("texts") or (),
+    }
+
+
+def _safe_url(found: Job) -> str:
+    """Where the result is, when that is a web address."""
+    url = str((found.publication or {}).get("url", ""))
+    return url if url.startswith(("https://", "http://")) else ""
+
+
+def _report(found: Job, parts: Parts) -> dict[str, Any] | None:
+    """The job's report; None when it has none that is one. A remote job's was fetched from a repository."""
+    path = parts.settings.job_folder(found.id) / REPORT_FILE
+    if found.open or not path.is_file():
+        return None
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+        document.validate({k: v for k, v in parsed.items() if k != "publication"}, place=str(found.id))
+    except (ValueError, AttributeError, MalformedError):
+        return None
+    return dict(parsed)
+
+
+def _log_end(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+        return "\n".join(file.read().decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:])
