@@ -118,7 +118,7 @@ def test_values_of_the_wrong_kind_are_malformed(tmp_path: Path, key: str, value:
 
 def test_a_rank_that_is_not_the_weights_is_refused(bench: Callable[..., Any]) -> None:
     """The scale comes from the rank: with another config it would be wrong without a trace."""
-    with pytest.raises(ShapeError, match="expected rank 16 by adapter_config.json, got rank 4"):
+    with pytest.raises(ShapeError, match=r"expected rank 16 by adapter_config\.json, got rank 4"):
         edited(bench, r=16).plan()
 
 

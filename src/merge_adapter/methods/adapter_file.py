@@ -27,7 +27,7 @@ _LORA_NAMED = re.compile(
     r"(?P<part>\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector))"
     r"\.(?P<name>[^.]+)(?P<again>\.(?P=name))?(?P<leaf>\.weight|\.bias)?$"
 )
-_SAVED_NAMED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.")
+_SAVED_NAMED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?=[^.])")
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,14 @@ def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]
     Only what cannot mean anything else is repaired here: a missing or doubled `base_model.model.`, an
     adapter's name that was left in, segments that wrappers of the training loop add.
     """
+    names = tuple(names)
     repaired: dict[str, str] = {}
     counts: dict[str, int] = {}
+    saved_names = {match["name"] for name in names if (match := _SAVED_NAMED.search(name))}
     for name in names:
         fixed = name
+        if len(saved_names) == 1 and (match := _SAVED_NAMED.search(name)) is not None:
+            fixed = name[: match.start("name")] + name[match.end("name") + 1 :]
         for what, repair in _REPAIRS:
             after = repair(fixed)
             if after != fixed:
@@ -121,14 +125,9 @@ def _without_lora_name(name: str) -> str:
     return name[: match.start()] + match["part"] + (match["leaf"] or "")
 
 
-def _without_saved_name(name: str) -> str:
-    return _SAVED_NAMED.sub(".", name)
-
-
 _REPAIRS = (
     ("segments of FSDP or torch.compile wrappers removed", _without_wrappers),
     ("missing prefix base_model.model. added", _with_prefix),
     ("doubled prefix base_model.model. removed", _one_prefix),
     ("the adapter's own name removed", _without_lora_name),
-    ("the wrapper of modules_to_save removed", _without_saved_name),
 )

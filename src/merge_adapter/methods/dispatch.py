@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from merge_adapter.errors import BaseModelError
+from merge_adapter.errors import AccountingError, BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.table import Method, Way
-from merge_adapter.names.choose import NoNames, general_names, name_map, split_targets
+from merge_adapter.names.choose import PEFT_PREFIX, NoNames, general_names, name_map, split_targets
 from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
 
-_LAYER_ONLY = ("kasa_config", "use_bdlora", "monteclora_config")
+_LAYER_ONLY = ("kasa_config", "use_bdlora")
 """LoRA config keys that closed forms do not cover; PEFT's own layer does."""
 
 
@@ -88,8 +88,21 @@ def _context(
     names: NameMap | NoNames,
 ) -> Context:
     if isinstance(names, NoNames):
+        homeless = tuple(name for name in tensors if _inside(name, names.absent))
+        if homeless:
+            raise AccountingError(
+                f"{len(homeless)} of {len(tensors)} adapter tensors belong to modules that the base does not have:"
+                f" {', '.join(homeless)}. {names.reason}.",
+                tensors=homeless,
+                hint="Name the base the adapter was trained on with --base-model.",
+            )
         raise BaseModelError(
             f"The base's tensors cannot be matched to the adapter: {names.reason}.",
             hint="Name the base the adapter was trained on with --base-model.",
         )
     return Context(sources, settings, adapter, adapter.config, tensors, base, names)
+
+
+def _inside(tensor: str, modules: tuple[str, ...]) -> bool:
+    path = tensor.removeprefix(PEFT_PREFIX)
+    return any(path.startswith(f"{module}.") for module in modules)

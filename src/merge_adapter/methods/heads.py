@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge_adapter.errors import ShapeError
+from merge_adapter.errors import BaseModelError, ShapeError
 from merge_adapter.methods.change import Context, Planned
 from merge_adapter.methods.edits import Edit, Placed, config_without_ties
 from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED, vocabularies
@@ -29,6 +29,7 @@ def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Pla
     architecture = _new_architecture(context, placed)
     if architecture is not None:
         config["architectures"] = [architecture]
+        _check_complete(context, placed, architecture)
         dropped = context.names.unused
         notes.append(f"The merged model is a {architecture}.")
         if dropped:
@@ -48,6 +49,27 @@ def _new_architecture(context: Context, placed: Placed) -> str | None:
     weights = [name for name in placed.added if name.endswith(".weight")]
     headed = context.config.get("task_type") in _HEADED
     return found if weights or headed else None
+
+
+def _check_complete(context: Context, placed: Placed, architecture: str) -> None:
+    """Refuse a class with parameters that neither base nor adapter has: loaded, they would be random."""
+    model = context.names.module("")
+    if model is None:
+        return
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in placed.added
+        and not any(
+            context.names.direct(one) or context.names.group(one) for one in (name, *context.names.tied(name))
+        )
+    ]
+    if missing:
+        raise BaseModelError(
+            f"A {architecture} has parameters that neither the base nor the adapter holds: {_some(missing)}. In"
+            " training they were random, and nothing recorded their values.",
+            hint="Name the very base of the training, with these parameters, with --base-model.",
+        )
 
 
 def _labels(context: Context, edits: Sequence[Edit], notes: list[str]) -> dict[str, Any]:

@@ -5,37 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from merge_adapter.methods.change import Context, Kind, TensorSpec
-from merge_adapter.methods.edits import Edit
+from merge_adapter.methods.edits import Edit, no_target
 
 _FROZEN = ".original_module."
+_WRAPPED = ".modules_to_save."
 _BASE = ".base_layer."
 
 
 def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) -> list[Edit]:
     """Edits for tensors that are parameters of the model: path in the adapter -> tensor.
 
-    Frozen copies that PEFT keeps beside a trained module are used up by it.
+    PEFT may save a trained module's tensor twice, under its own name and inside its wrapper, and the frozen
+    original beside it. The first stands for all; which of the two it reads is the one PEFT reads on loading.
     """
-    frozen: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     trained: dict[str, TensorSpec] = {}
     for path, spec in parameters.items():
-        if _FROZEN in path:
-            frozen.setdefault(path.replace(_FROZEN, "."), []).append(spec.name)
+        parameter = path.replace(_BASE, ".").replace(_WRAPPED, ".").replace(_FROZEN, ".")
+        twin = _WRAPPED in path and path.replace(_WRAPPED, ".") in parameters
+        if twin or _FROZEN in path or parameter in trained:
+            others.setdefault(parameter, []).append(spec.name)
         else:
-            trained[path.replace(_BASE, ".")] = spec
-    edits = []
-    for parameter, spec in trained.items():
-        edits.append(
-            Edit(
-                parameter,
-                (spec.name, *frozen.pop(parameter, ())),
-                Kind.REPLACE,
-                shape=spec.shape,
-                follows_ties=not _trained(context, parameter),
-            )
+            trained[parameter] = spec
+    edits = [
+        Edit(
+            parameter,
+            (spec.name, *others.pop(parameter, ())),
+            Kind.REPLACE,
+            shape=spec.shape,
+            follows_ties=not _trained(context, parameter),
         )
-    # A frozen copy without its trained module has no place; as an edit of itself it is found out.
-    edits.extend(Edit(name, tuple(tensors), Kind.REPLACE, shape=(-1,)) for name, tensors in frozen.items())
+        for parameter, spec in trained.items()
+    ]
+    if others:
+        raise no_target({name: tuple(tensors) for name, tensors in others.items()})
     return edits
 
 

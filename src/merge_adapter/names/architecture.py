@@ -39,6 +39,8 @@ class UnknownArchitecture:
     """No class of transformers has the modules that the adapter names."""
 
     reason: str
+    absent: tuple[str, ...] = ()
+    """The modules that the closest class lacks; () when no class could be built at all."""
 
 
 def build(
@@ -65,6 +67,7 @@ def build(
     for name, value in (config_changes or {}).items():
         setattr(config, name, value)
     tried: list[str] = []
+    fewest: list[str] = []
     for factory in _candidates(transformers, config, adapter_config, trust_remote_code=trust_remote_code):
         try:
             model = _on_meta(factory, config, trust_remote_code=trust_remote_code)
@@ -75,10 +78,12 @@ def build(
         absent = sorted(name for name in set(modules) - present if not _FUSED_SINCE.search(name))
         if not absent:
             return Architecture(model, type(model).__name__)
+        fewest = min(fewest or absent, absent, key=len)
         tried.append(
             f"{type(model).__name__} has no module {absent[0]} ({len(absent)} of {len(modules)} absent)"
         )
-    return UnknownArchitecture("no class fits the adapter: " + "; ".join(tried or ["none to try"]))
+    reason = "no class fits the adapter: " + "; ".join(tried or ["none to try"])
+    return UnknownArchitecture(reason, tuple(fewest))
 
 
 def _candidates(

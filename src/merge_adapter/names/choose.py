@@ -21,6 +21,8 @@ class NoNames:
     """No name map could be made; only the loaded model knows, or nothing does."""
 
     reason: str
+    absent: tuple[str, ...] = ()
+    """Modules of the adapter that the base's class does not have."""
 
 
 def name_map(
@@ -78,7 +80,7 @@ def general_names(
     )
     if isinstance(made, Architecture):
         return converted_names(made.model, tensors)
-    return NoNames(made.reason)
+    return NoNames(made.reason, made.absent)
 
 
 def split_targets(
