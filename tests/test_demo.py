@@ -28,7 +28,8 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert "unchanged" in said
     assert "/demo/pydoc-llama-answers-merged/discussions/1" in said
     assert "Warning" not in said
-    assert list(tmp_path.iterdir()) == []
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}
+    assert left == set()  # torch itself leaves an empty cache folder wherever it is imported
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
