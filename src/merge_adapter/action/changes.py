@@ -67,6 +67,8 @@ def changed_adapters(
     folders = frozenset(folders)
     if not folders:
         return ()
+    if _has_no_past(workspace, changed):
+        return tuple(sorted(folders))
     touched = {
         _adapter_of(PurePosixPath(path), folders) for path in changed_files(workspace, changed, github)
     }
@@ -164,6 +166,13 @@ def _changed_by_git(workspace: Path, changed: Changed) -> tuple[str, ...] | None
     if answer.returncode != 0:
         return None
     return tuple(path for path in answer.stdout.split("\0") if path)
+
+
+def _has_no_past(workspace: Path, changed: Changed) -> bool:
+    """Whether nothing came before: the default branch itself, or a tag on it, pushed for the first time."""
+    if changed.base is not None or changed.pull_request is not None:
+        return False
+    return changed.trunk is None or _base_commit(workspace, changed, changed.head) == changed.head
 
 
 def _base_commit(workspace: Path, changed: Changed, head: str) -> str | None:

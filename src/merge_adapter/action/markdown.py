@@ -10,8 +10,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
-"""All that CommonMark lets a backslash escape."""
+_MARKUP = re.compile(r"([\\`*_\[\]<>|&~$:@#])")
+"""What means something inside a line. The colon is that of an address, which would become a link."""
+_LINE_START = re.compile(r"^(\d*)([-+=.)])")
+"""What makes a list or a heading of a line."""
+_WWW = re.compile(r"(www)\.", re.IGNORECASE)
 _MENTION = re.compile(r"([@#])(?=[\w-])")
 """GitHub links `@name` and `#1` in rendered text, after every escape is gone."""
 _JOINER = "\u200b"
@@ -29,7 +32,8 @@ def code(text: str) -> str:
 
 def prose(text: str) -> str:
     """`text` as plain words on one line: no markup, no HTML, no links, no mentions."""
-    return _PUNCTUATION.sub(r"\\\1", _MENTION.sub(rf"\1{_JOINER}", one_line(text)))
+    escaped = _MARKUP.sub(r"\\\1", _MENTION.sub(rf"\1{_JOINER}", one_line(text)))
+    return _WWW.sub(r"\1\\.", _LINE_START.sub(r"\1\\\2", escaped))
 
 
 def one_line(text: str) -> str:

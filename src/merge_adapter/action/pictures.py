@@ -47,7 +47,8 @@ def _retained(weights: object) -> list[str]:
     ]
     if len(rows) < 2:
         return []
-    chart = _chart("Part of the update that is in the weights", "share", [_thinned([row[0] for row in rows])])
+    shares = _thinned([row[0] for row in rows])
+    chart = _chart("Part of the update that is in the weights", "share", [shares], lowest=0.0)
     return [_folded("Weights, tensor by tensor", chart, "In the order of the checkpoint; 1 is all of it.")]
 
 
@@ -67,14 +68,16 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [fmean(values[start : start + step]) for start in range(0, len(values), step)]
 
 
-def _chart(title: str, axis: str, series: Sequence[Sequence[float]]) -> str:
-    lowest, highest = min(map(min, series)), max(map(max, series))
-    margin = (highest - lowest) * 0.05 or 0.05
+def _chart(title: str, axis: str, series: Sequence[Sequence[float]], *, lowest: float | None = None) -> str:
+    """Lines over their index. The vertical axis starts at `lowest`, or a little below the smallest value."""
+    highest = max(map(max, series))
+    margin = (highest - (min(map(min, series)) if lowest is None else lowest)) * 0.05 or 0.05
+    bottom = min(map(min, series)) - margin if lowest is None else lowest
     lines = [
         "xychart-beta",
         f'  title "{title}"',
         f"  x-axis 1 --> {len(series[0])}",
-        f'  y-axis "{axis}" {lowest - margin:.4g} --> {highest + margin:.4g}',
+        f'  y-axis "{axis}" {bottom:.4g} --> {highest + margin:.4g}',
         *(f"  line [{', '.join(f'{value:.4g}' for value in values)}]" for values in series),
     ]
     return "\n".join(("```mermaid", *lines, "```"))

@@ -1,0 +1,177 @@
+"""Events in GitHub's own shapes, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_adapter.action.events import Changed, Everything, Named, Nothing, Trigger, read_trigger
+from merge_adapter.action.runner import Runner, read_runner
+from merge_adapter.errors import InputError, PolicyError
+
+BASE = "f95f852bd8fca8fcc58a9a2d6c842781e32a215e"
+HEAD = "ec26c3e57ca3a959ca5aad62de7213c562f8c821"
+ZERO = "0" * 40
+REPOSITORY = {"id": 186853002, "full_name": "octocat/adapters", "default_branch": "main", "fork": False}
+FORK = {"id": 186853003, "full_name": "mallory/adapters", "default_branch": "main", "fork": True}
+
+
+def runner(name: str, event: dict[str, Any], sha: str = HEAD) -> Runner:
+    return Runner(
+        workspace=Path.cwd(), event_name=name, event=event, repository="octocat/adapters", sha=sha,
+        ref="refs/heads/main", server_url="https://github.com", api_url="https://api.github.com",
+        run_id="1", run_attempt="1", workflow="w", job="j", outputs=None, summary=None,
+    )  # fmt: skip
+
+
+def trigger(name: str, event: dict[str, Any], sha: str = HEAD) -> Trigger:
+    return read_trigger(runner(name, event, sha))
+
+
+def push(**changes: Any) -> dict[str, Any]:
+    return {
+        "ref": "refs/heads/main", "before": BASE, "after": HEAD, "created": False, "deleted": False,
+        "forced": False, "base_ref": None, "repository": REPOSITORY, "pusher": {"name": "octocat"},
+        "commits": [{"id": HEAD, "message": "Train it longer"}],
+    } | changes  # fmt: skip
+
+
+def pull_request(
+    head_repo: dict[str, Any] | None = REPOSITORY, action: str = "synchronize"
+) -> dict[str, Any]:
+    return {
+        "action": action,
+        "number": 7,
+        "pull_request": {
+            "number": 7,
+            "state": "open",
+            "head": {"label": "x:patch", "ref": "patch", "sha": HEAD, "repo": head_repo},
+            "base": {"label": "octocat:main", "ref": "main", "sha": BASE, "repo": REPOSITORY},
+        },
+        "repository": REPOSITORY,
+    }
+
+
+def test_a_push_asks_for_what_changed_and_reports_on_its_commit() -> None:
+    assert trigger("push", push()) == Trigger("push", Changed(BASE, HEAD, trunk="main"), sha=HEAD)
+
+
+def test_a_new_branch_has_no_commit_before_it() -> None:
+    assert trigger("push", push(before=ZERO, created=True)).wanted == Changed(None, HEAD, trunk="main")
+
+
+def test_a_deleted_branch_is_nothing_to_do() -> None:
+    assert isinstance(trigger("push", push(after=ZERO, deleted=True)).wanted, Nothing)
+
+
+def test_a_pull_request_of_the_repository_itself() -> None:
+    assert trigger("pull_request", pull_request()) == Trigger(
+        "pull_request", Changed(BASE, HEAD, pull_request=7), sha=HEAD, pull_request=7
+    )
+
+
+@pytest.mark.parametrize("head_repo", [FORK, None], ids=["fork", "fork deleted since"])
+def test_a_pull_request_from_a_fork_is_known_as_one(head_repo: dict[str, Any] | None) -> None:
+    assert trigger("pull_request", pull_request(head_repo)).from_fork
+
+
+def test_a_closed_pull_request_is_nothing_to_do() -> None:
+    assert isinstance(trigger("pull_request", pull_request(action="closed")).wanted, Nothing)
+
+
+def test_pull_request_target_is_refused() -> None:
+    """It runs with the repository's secrets on code that anyone can propose."""
+    with pytest.raises(PolicyError, match="pull_request_target"):
+        trigger("pull_request_target", pull_request(FORK))
+
+
+@pytest.mark.parametrize("action", ["published", "released", "prereleased"])
+def test_a_release_asks_for_every_adapter_of_its_tag(action: str) -> None:
+    event = {"action": action, "release": {"id": 1, "tag_name": "v1"}, "repository": REPOSITORY}
+    assert trigger("release", event) == Trigger("release", Everything(), sha=HEAD, release=1)
+
+
+@pytest.mark.parametrize("action", ["edited", "created", "deleted", "unpublished"])
+def test_an_edited_release_is_left_alone(action: str) -> None:
+    """The action edits the notes itself; going by that event would never end."""
+    event = {"action": action, "release": {"id": 1}, "repository": REPOSITORY}
+    assert isinstance(trigger("release", event).wanted, Nothing)
+
+
+def test_a_dispatch_names_an_adapter_and_its_commit() -> None:
+    event = {
+        "action": "merge-adapter",
+        "branch": "main",
+        "client_payload": {"adapter": "acme/adapter", "revision": HEAD},
+        "repository": REPOSITORY,
+    }
+    assert trigger("repository_dispatch", event).wanted == Named((f"acme/adapter@{HEAD}",), hub_only=True)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"adapter": "/etc"},
+        {"adapter": "../secrets"},
+        {"adapter": "acme/../x"},
+        {"adapter": "acme"},
+        {"adapter": "acme/x\n::error::y"},
+        {"adapter": ["acme/x"]},
+        {"adapter": "acme/x", "revision": "--upload-pack=x"},
+        {"adapter": "acme/x", "revision": "a..b"},
+        {"adapter": "acme/x", "revision": 7},
+    ],
+)
+def test_a_dispatch_names_nothing_but_the_hub(payload: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="the event names"):
+        trigger("repository_dispatch", {"client_payload": payload})
+
+
+def test_what_a_person_typed_into_the_form_counts() -> None:
+    assert trigger("workflow_dispatch", {"inputs": {"adapter": " ./adapters/one "}}).wanted == Named(
+        ("./adapters/one",)
+    )
+    assert trigger("workflow_dispatch", {"inputs": None}).wanted == Named()
+
+
+def test_a_schedule_is_watched_by_nobody() -> None:
+    assert trigger("schedule", {"schedule": "17 4 * * *"}).scheduled
+
+
+def test_other_events_leave_it_to_the_inputs() -> None:
+    assert trigger("merge_group", {}) == Trigger("merge_group", Named())
+
+
+@pytest.mark.parametrize(
+    ("name", "event"),
+    [
+        ("push", push(after="HEAD; rm -rf /")),
+        ("push", push(before="--output=x")),
+        ("pull_request", {"action": "opened"}),
+        ("pull_request", pull_request() | {"pull_request": {"number": "7", "head": {}, "base": {}}}),
+        ("release", {"action": "published", "release": {"id": True}}),
+    ],
+)
+def test_payloads_that_github_never_sends_are_refused(name: str, event: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        trigger(name, event)
+
+
+def test_a_hostile_default_branch_is_not_used() -> None:
+    event = push(before=ZERO, repository=REPOSITORY | {"default_branch": "--exec=x"})
+    assert trigger("push", event).wanted == Changed(None, HEAD)
+
+
+def test_an_event_that_is_no_json_is_an_error_of_the_surroundings(tmp_path: Path) -> None:
+    file = tmp_path / "event.json"
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="event"):
+            read_runner({"GITHUB_EVENT_PATH": str(file)})
+
+
+def test_outside_of_github_there_is_no_event() -> None:
+    there = read_runner({})
+    assert (there.event_name, there.event, there.outputs) == ("workflow_dispatch", {}, None)
