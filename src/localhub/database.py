@@ -66,6 +66,9 @@ CREATE TABLE IF NOT EXISTS collection_items (
     position INTEGER NOT NULL, UNIQUE (slug, type, item));
 CREATE TABLE IF NOT EXISTS xet_files (
     sha256 TEXT PRIMARY KEY, hash TEXT NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS xet_chunks (
+    hash TEXT NOT NULL, xorb TEXT NOT NULL, repository TEXT NOT NULL, PRIMARY KEY (hash, xorb, repository))
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS large_files (
     repository TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (repository, sha256));
 CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value TEXT NOT NULL);

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from localhub.database import Database
 from localhub.errors import NotFoundError
+from localhub.repositories import Repository
+from localhub.xet.shard import Shard
 from localhub.xet.store import Recipe, XetStore, check_hash
 
 _BLOCK = 1024 * 1024
@@ -47,6 +49,25 @@ class LargeFiles:
                 "INSERT INTO xet_files VALUES (?, ?, ?) ON CONFLICT (sha256) DO UPDATE SET hash = excluded.hash",
                 [(recipe.sha256, recipe.hash, recipe.size) for recipe in recipes],
             )
+
+    def index_chunks(self, repository: Repository, shard: Shard) -> None:
+        """Note where the chunks of a shard lie, so that other clients need not upload them again."""
+        rows = [(chunk, xorb.hash, repository.id) for xorb in shard.xorbs for chunk in xorb.chunks]
+        with self._database.writing() as connection:
+            connection.executemany("INSERT INTO xet_chunks VALUES (?, ?, ?) ON CONFLICT DO NOTHING", rows)
+
+    def xorb_of_chunk(self, chunk: str) -> str | None:
+        """A xorb that holds a chunk, if one belongs to a repository whose files all may read.
+
+        An index names all chunks of its xorb, and whoever can name a chunk can read it: so nothing is told
+        of private and gated ones.
+        """
+        row = self._database.one(
+            "SELECT c.xorb FROM xet_chunks c JOIN repositories r ON r.id = c.repository "
+            "WHERE c.hash = ? AND r.private = 0 AND r.gated = '' AND r.disabled = 0",
+            chunk,
+        )
+        return str(row["xorb"]) if row else None
 
     def read(self, sha256: str, start: int, end: int) -> Iterator[bytes]:
         """Bytes `start` to `end` (exclusive).

@@ -254,7 +254,7 @@ class Repositories:
     def delete(self, repository: Repository) -> None:
         """Remove the entry and all that hangs on it."""
         with self._database.writing() as connection:
-            for table in ("discussions", "events", "access_requests", "large_files", "moved"):
+            for table in ("discussions", "events", "access_requests", "large_files", "xet_chunks", "moved"):
                 connection.execute(f"DELETE FROM {table} WHERE repository = ?", (repository.id,))  # noqa: S608
             connection.execute("DELETE FROM repositories WHERE id = ?", (repository.id,))
 

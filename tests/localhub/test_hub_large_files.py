@@ -79,6 +79,31 @@ HfApi().upload_file(path_or_fileobj=bytes(body), path_in_repo="f{seed}.safetenso
     assert 700_000 < stored() - before < 1_500_000
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_chunks_of_others_are_not_uploaded_again(hub, client, alice, tmp_path, private):
+    """A client with an empty cache finds the chunks of public repositories, and only of those."""
+    source = f"alice/chunk-source-{private}".lower()
+    seed = int(private) + 50
+    code = """
+import random
+from huggingface_hub import HfApi
+body = bytearray(random.Random({seed}).randbytes(4_000_000))
+body[2_000_000:2_000_100] = bytes({number} for _ in range(100))
+HfApi().upload_file(path_or_fileobj=bytes(body), path_in_repo="w.safetensors", repo_id={repo!r})
+"""
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in (hub.data / "xet" / "xorbs").glob("*/*"))
+
+    alice.create_repo(source, private=private)
+    client(code.format(seed=seed, number=1, repo=source), HF_XET_CACHE=str(tmp_path / "one"))
+    before = stored()
+    alice.create_repo(f"{source}-target")
+    client(code.format(seed=seed, number=2, repo=f"{source}-target"), HF_XET_CACHE=str(tmp_path / "two"))
+    added = stored() - before
+    assert added > 3_900_000 if private else added < 500_000
+
+
 def test_several_processes_at_once(hub, repo, tmp_path, client):
     """Three clients with caches of their own upload side by side; all of it arrives."""
     from concurrent.futures import ThreadPoolExecutor

@@ -67,9 +67,12 @@ def _authorized(ctx: Context, *scopes: str) -> Repository:
 
 @router.get("/cas/v1/chunks/default/{hash:seg}")
 def chunk(ctx: Ctx, hash: str) -> Response:
-    """Where a chunk may be found in other files; the client does without an answer."""
+    """The index of a xorb that holds a chunk: the client uploads none of its chunks again."""
     _authorized(ctx, "read", "write")
-    raise NotFoundError(f"Chunk {check_hash(hash)} is not indexed")
+    xorb = ctx.hub.large.xorb_of_chunk(check_hash(hash))
+    if xorb is None:
+        raise NotFoundError(f"Chunk {hash} is not indexed")
+    return Response(ctx.hub.xet.index(xorb), media_type="application/octet-stream")
 
 
 @router.post("/cas/v1/xorbs/default/{hash:seg}")
@@ -85,8 +88,9 @@ def shard(ctx: Ctx, raw: RawBody) -> dict[str, Any]:
     repository = _authorized(ctx, "write")
     if len(raw) > MAX_SHARD_BYTES:
         raise BadRequestError(f"Shard of {len(raw)} bytes, at most {MAX_SHARD_BYTES} are allowed")
-    recipes = ctx.hub.xet.add_shard(raw)
+    parsed, recipes = ctx.hub.xet.add_shard(raw)
     ctx.hub.large.register(recipes)
+    ctx.hub.large.index_chunks(repository, parsed)
     ctx.hub.repositories.link_large_files(repository, [recipe.sha256 for recipe in recipes])
     return {"result": 1}
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 _POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 MAX_DIFF_LINES = 4000
+_POINTER = "version https://git-lfs.github.com/spec/v1"
 
 
 @cache
@@ -99,5 +100,7 @@ def _diff_lines(patch: str) -> Iterator[DiffLine]:
         elif header:
             if line.startswith(("new file", "deleted", "rename", "similarity", "Binary")):
                 yield DiffLine("hunk", line)
+        elif line[1:] == _POINTER:
+            yield DiffLine("hunk", "large file: its hash and size stand for its content")
         else:
             yield DiffLine({"+": "add", "-": "del"}.get(line[:1], "same"), line)

@@ -9,6 +9,7 @@ same again for xorbs with their chunks.
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass
 
 RECORD_BYTES = 48
@@ -16,6 +17,8 @@ MAX_SHARD_BYTES = 64 * 1024 * 1024
 _HEADER = struct.Struct("<32sQQ")
 _RECORD = struct.Struct("<32sIIII")
 _FILE = struct.Struct("<32sIIQ")
+_FOOTER = struct.Struct("<9Q32s12Q")
+_INDEX_SECONDS = 7 * 24 * 3600
 _LAST = b"\xff" * 32
 _VERIFICATION = 1 << 31
 _SHA256 = 1 << 30
@@ -54,10 +57,16 @@ class ShardXorb:
 
     hash: str
     chunks: tuple[str, ...]
+    records: bytes
+    """The records that said so: one for the xorb, one for each chunk."""
 
 
 @dataclass(frozen=True)
 class Shard:
+    """What a client uploads."""
+
+    tag: bytes
+    """The 32 bytes every shard starts with."""
     files: tuple[ShardFile, ...]
     xorbs: tuple[ShardXorb, ...]
 
@@ -88,7 +97,7 @@ def parse(data: bytes) -> Shard:
     """
     if len(data) < _HEADER.size:
         raise MalformedShardError(f"{len(data)} bytes are no shard")
-    _tag, version, _footer = _HEADER.unpack_from(data)
+    tag, version, _footer = _HEADER.unpack_from(data)
     if version != 2:
         raise MalformedShardError(f"shard version {version}, expected 2")
     reader = _Reader(data)
@@ -98,9 +107,26 @@ def parse(data: bytes) -> Shard:
     xorbs = []
     while (record := reader.record())[:32] != _LAST:
         raw, _flags, count, _bytes, _stored = _RECORD.unpack(record)
-        chunks = tuple(hash_text(reader.record()[:32]) for _ in range(count))
-        xorbs.append(ShardXorb(hash_text(raw), chunks))
-    return Shard(tuple(files), tuple(xorbs))
+        chunks = [reader.record() for _ in range(count)]
+        hashes = tuple(hash_text(chunk[:32]) for chunk in chunks)
+        xorbs.append(ShardXorb(hash_text(raw), hashes, b"".join([record, *chunks])))
+    return Shard(tag, tuple(files), tuple(xorbs))
+
+
+def chunk_index(tag: bytes, records: bytes) -> bytes:
+    """A shard without files that tells a client which chunks a xorb holds.
+
+    Unlike an uploaded one it needs a footer: offsets of both lists, no lookup tables, no hash key, and
+    the moment until which it may be used.
+    """
+    files_at = _HEADER.size
+    xorbs_at = files_at + RECORD_BYTES
+    footer_at = xorbs_at + len(records) + RECORD_BYTES
+    last = _LAST + bytes(16)
+    offsets = (1, files_at, xorbs_at, footer_at, 0, footer_at, 0, footer_at, 0)
+    now = int(time.time())
+    footer = _FOOTER.pack(*offsets, bytes(32), now, now + _INDEX_SECONDS, *(0,) * 9, footer_at)
+    return _HEADER.pack(tag, 2, len(footer)) + last + records + last + footer
 
 
 def _file(record: bytes, reader: _Reader) -> ShardFile:

@@ -2,6 +2,7 @@
 
     xet/xorbs/ab/<hash>        a xorb as it was uploaded
     xet/files/ab/<hash>.json   the terms of a file, its size and SHA-256
+    xet/indexes/ab/<hash>      the chunks of a xorb, as a shard that clients read
 
 Any number of processes may read and write: every file appears by a rename and never changes.
 """
@@ -57,10 +58,14 @@ class XetStore:
     def __init__(self, root: Path) -> None:
         self._xorbs = root / "xorbs"
         self._files = root / "files"
+        self._indexes = root / "indexes"
         self._chunks = lru_cache(maxsize=256)(self._read_chunks)
 
     def _xorb_path(self, hash: str) -> Path:
         return self._xorbs / hash[:2] / check_hash(hash)
+
+    def _index_path(self, hash: str) -> Path:
+        return self._indexes / hash[:2] / check_hash(hash)
 
     def _file_path(self, hash: str) -> Path:
         return self._files / hash[:2] / f"{check_hash(hash)}.json"
@@ -100,7 +105,7 @@ class XetStore:
 
     # ----------------------------------------------------------------------------------------- shards
 
-    def add_shard(self, data: bytes) -> list[Recipe]:
+    def add_shard(self, data: bytes) -> tuple[Shard, list[Recipe]]:
         """Register the files of a shard, each checked by putting it together once.
 
         Raises:
@@ -112,7 +117,24 @@ class XetStore:
         except shards.MalformedShardError as error:
             raise BadRequestError(f"Malformed shard: {error}") from error
         self._check(shard)
-        return [self._add_file(file) for file in shard.files]
+        recipes = [self._add_file(file) for file in shard.files]
+        for xorb in shard.xorbs:
+            path = self._index_path(xorb.hash)
+            if not path.exists() and self._xorb_path(xorb.hash).exists():
+                with atomic_file(path) as file:
+                    file.write(shards.chunk_index(shard.tag, xorb.records))
+        return shard, recipes
+
+    def index(self, xorb: str) -> bytes:
+        """A shard that names the chunks of a xorb.
+
+        Raises:
+            NotFoundError: no client has told.
+        """
+        try:
+            return self._index_path(xorb).read_bytes()
+        except FileNotFoundError as error:
+            raise NotFoundError(f"No index of xorb {xorb}") from error
 
     def _check(self, shard: Shard) -> None:
         for file in shard.files:
