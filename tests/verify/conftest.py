@@ -27,6 +27,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "vocab.txt",
 )
+SENTENCE_FILES = (
+    "modules.json",
+    "1_Pooling",
+    "2_Normalize",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
 
 
 @contextmanager
@@ -98,8 +105,10 @@ def merge_with_peft(
         merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe)
         merged.save_pretrained(out, max_shard_size=shard)
     source = adapter if (adapter / "tokenizer.json").exists() else base
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
+    for name in (*TOKENIZER_FILES, *SENTENCE_FILES):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+        elif (source / name).exists():
             shutil.copy(source / name, out / name)
     return out
 
@@ -205,3 +214,52 @@ def workpiece(tmp_path: Path, good: Callable[[str], Good]) -> Callable[[str], Wo
         return Workpiece(Path(shutil.copytree(right.merged, tmp_path / name)), right)
 
     return copy
+
+
+def untied_copy(base: Path, folder: Path) -> Path:
+    """A copy of a base whose output head is a tensor of its own."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def random_merge(tmp_path: Path, good: Callable[[str], Good]) -> Callable[..., Good]:
+    """`random_merge(config, "bf16", seed=0, safe=False)`: a random adapter on the trained base, merged by PEFT.
+
+    `config` is one of PEFT's, or the fields of a LoraConfig; `untied` among them gives the base an output head.
+    """
+
+    def build(config: Any, dtype: str, *, seed: int = 0, safe: bool = False) -> Good:
+        import peft
+        import transformers
+
+        origin = good(f"lm-{dtype}").sources.base.repository.origin.folder
+        assert origin is not None
+        base = origin
+        if isinstance(config, dict):
+            fields = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}
+            if fields.pop("untied", False):
+                base = untied_copy(origin, tmp_path / "base")
+            config = peft.LoraConfig(**fields)
+        torch.manual_seed(seed)
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+            model = peft.get_peft_model(model, config)
+            for value in model.parameters():
+                if value.requires_grad:
+                    # every trained tensor moves off its initialisation, or the adapter would do nothing
+                    value.data.add_(torch.randn(value.shape).to(value.dtype) * 0.05)
+            model.save_pretrained(tmp_path / "adapter")
+            model.merge_and_unload(safe_merge=safe).save_pretrained(tmp_path / "merged")
+        for file in TOKENIZER_FILES:
+            if (base / file).exists():
+                shutil.copy(base / file, tmp_path / "merged" / file)
+        return Good(tmp_path / "merged", resolved(tmp_path / "adapter", base), "lm")
+
+    return build

@@ -5,7 +5,7 @@ One batch shape, one attention implementation, fp32: arms then differ by their w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,18 @@ LANGUAGE = ("causal-lm", "masked-lm", "seq2seq-lm", "image-text-to-text")
 """Kinds that answer with a distribution over a vocabulary at each position."""
 
 
-def answer(model: Any, kind: str, batch: Batch, device: torch.device) -> Tensor:
+def answer(
+    model: Any,
+    kind: str,
+    batch: Batch,
+    device: torch.device,
+    tail: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """What `model` says to one piece, fp32, on the CPU.
 
     Language models and token classifiers: (documents, length, classes) logits. Classifiers: (documents, classes).
-    Question answering: (documents, length, 2). Embedding models: (documents, width), mean-pooled and of
-    norm 1; encoder-decoders read the document and are taught it again as the answer.
+    Question answering: (documents, length, 2). Embedding models: (documents, width), through
+    `tail` or mean-pooled and of norm 1; encoder-decoders read the document and are taught it again as the answer.
     """
     inputs: dict[str, Tensor] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
     if kind == "seq2seq-lm":
@@ -59,6 +65,8 @@ def answer(model: Any, kind: str, batch: Batch, device: torch.device) -> Tensor:
     if kind == "question-answering":
         return torch.stack((output.start_logits, output.end_logits), -1).float().cpu()
     if kind == "embedding":
+        if tail is not None:
+            return tail(output.last_hidden_state.float().cpu(), batch.mask).float()
         return _pooled(output, batch.mask)
     return _logits(output).float().cpu()
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_adapter.verify.answers import Batch
 
 
 def main(folder: Path) -> None:
@@ -31,9 +36,7 @@ def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from merge_adapter.verify.answers import Batch, answer, greedy, taught
-    from merge_adapter.verify.lazy import widen
-    from merge_adapter.verify.loading import Kind, load_model
+    from merge_adapter.verify.answers import Batch
 
     torch.set_num_threads(job["threads"])
     if job["tokenizer"]:
@@ -45,24 +48,47 @@ def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
     inputs = load_file(folder / "inputs.safetensors")
     if "ids" not in inputs:
         return
-    kind = Kind(job["kind"])
-    loaded = load_model(
-        Path(job["merged"]), kind, dtype=getattr(torch, job["dtype"]), trust_remote_code=job["trust"]
-    )
-    result["missing"] = list(loaded.missing)
-    result["mismatched"] = list(loaded.mismatched)
-    device = torch.device(job["device"])
-    widen(loaded.model, device)
     batch = Batch(inputs["ids"], inputs["mask"])
-    answers = [answer(loaded.model, kind, piece, device) for piece in batch.parts()]
-    tensors = {"answers": torch.cat(answers)}
+    answers = _embeddings(job, batch) if job["sentences"] else _answers(job, batch, inputs, result)
+    save_file(answers, folder / "answers.safetensors")
+
+
+def _answers(
+    job: dict[str, Any], batch: Batch, inputs: dict[str, Tensor], result: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What plain transformers makes of the folder."""
+    import torch
+
+    from merge_adapter.verify.answers import Batch, answer, greedy, taught
+    from merge_adapter.verify.lazy import widen
+    from merge_adapter.verify.loading import Kind, load_model
+
+    kind, device = Kind(job["kind"]), torch.device(job["device"])
+    dtype = getattr(torch, job["dtype"])
+    loaded = load_model(Path(job["merged"]), kind, dtype=dtype, trust_remote_code=job["trust"])
+    result["missing"] = list(loaded.missing)
+    widen(loaded.model, device)
+    tensors = {"answers": torch.cat([answer(loaded.model, kind, piece, device) for piece in batch.parts()])}
     if "prompts" in inputs:
         prompts = Batch(inputs["prompts"], torch.ones_like(inputs["prompts"]))
         tensors["choices"] = taught(loaded.model, prompts, inputs["continuation"], device)
         if not torch.equal(tensors["choices"], inputs["continuation"]):
-            ids, _ = greedy(loaded.model, prompts, inputs["continuation"].shape[1], device)
-            tensors["written"] = ids
-    save_file(tensors, folder / "answers.safetensors")
+            tensors["written"] = greedy(loaded.model, prompts, inputs["continuation"].shape[1], device)[0]
+    return tensors
+
+
+def _embeddings(job: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
+    """What sentence-transformers makes of the folder, pooling and all."""
+    import torch
+
+    from merge_adapter.verify.lazy import widen
+    from merge_adapter.verify.sentences import embed_whole, load_whole
+
+    device = torch.device(job["device"])
+    model = load_whole(Path(job["merged"]), dtype=getattr(torch, job["dtype"]), trust=job["trust"])
+    widen(model, device)
+    pieces = [embed_whole(model, piece.ids, piece.mask, device) for piece in batch.parts()]
+    return {"answers": torch.cat(pieces)}
 
 
 if __name__ == "__main__":

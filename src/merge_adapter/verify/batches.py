@@ -13,6 +13,9 @@ from merge_adapter.verify.probes import Probe
 SHORTEST = 16
 """Tokens of a document below which a language model has too little context to show an adapter's effect."""
 
+PROMPT = 16
+"""Length of the prompts that are continued greedily, in tokens."""
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -75,3 +78,29 @@ def random_ids(*, budget: int, vocabulary: int, limit: int, seed: int) -> Probes
     ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     names = tuple(f"random {at}" for at in range(count))
     return Probes(Batch(ids, torch.ones_like(ids)), names, "random token ids")
+
+
+def vocabulary(model: Any) -> int | None:
+    """Rows of the model's input embeddings; None for a model that takes no token ids."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def positions(config: Any) -> int:
+    """The longest document, in tokens, that the model has positions for."""
+    for source in (config, getattr(config, "text_config", None)):
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            value = getattr(source, name, None)
+            if isinstance(value, int) and value > 0:
+                # RoBERTa's kind spends the padding id and one more on an offset
+                return max(1, value - 2)
+    return 2048
+
+
+def prompts(batch: Batch, count: int) -> Batch | None:
+    """The beginnings of the first documents that are long enough, all of one length, unpadded."""
+    length = min(PROMPT, int(batch.ids.shape[1]))
+    whole = [at for at in range(len(batch)) if int(batch.mask[at, :length].sum()) == length][:count]
+    return Batch(batch.ids[whole, :length], batch.mask[whole, :length]) if whole else None

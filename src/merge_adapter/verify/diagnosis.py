@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
+from merge_adapter.verify.rounding import half_ulp
 from merge_adapter.verify.weights import Agreement, TensorEvidence, blocks
 
 NEAR = 0.04
@@ -152,10 +153,10 @@ def _local(merged: Tensor, update: Update) -> str:
     bad: list[int] = []
     for start, stop in blocks(update.shape):
         target = update.target_rows(start, stop, torch.float64)
-        delta = (target - update.base_rows(start, stop, torch.float64)).norm(dim=1)
-        error = (flat[start:stop].double() - target).norm(dim=1)
-        floor = 2 * torch.finfo(merged.dtype).eps * target.norm(dim=1)
-        bad += (torch.nonzero(error > floor + 0.5 * delta).flatten() + start).tolist()
+        allowed = half_ulp(target, merged.dtype) + update.product_error(start, stop)
+        allowed = allowed + update.cast_error(start, stop, merged.dtype)
+        beyond = ((flat[start:stop].double() - target).abs() > allowed).any(1)
+        bad += (torch.nonzero(beyond).flatten() + start).tolist()
     if 0 < len(bad) <= merged.shape[0] // 4:
         span = f"row {bad[0]}" if len(bad) == 1 else f"rows {bad[0]} to {bad[-1]}"
         return f"wrong in {len(bad):,} of {merged.shape[0]:,} rows ({span}), right elsewhere"

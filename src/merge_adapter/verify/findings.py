@@ -64,3 +64,23 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     if worst is Weight.FAULT:
         return Verdict.FAIL
     return Verdict.INCONCLUSIVE if worst is Weight.UNDECIDED else Verdict.PASS
+
+
+def reasons(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The findings as sentences, the most telling first, equal ones told once with their number."""
+    grouped: dict[tuple[Weight, str, str], list[str]] = {}
+    for finding in findings:
+        grouped.setdefault((finding.weight, finding.part, finding.text.split(" (")[0]), []).append(
+            str(finding)
+        )
+    ordered = sorted(grouped.items(), key=lambda item: (-item[0][0], -len(item[1])))
+    found = []
+    for (weight, _, _), texts in ordered:
+        more = f" (and {len(texts) - 1:,} more like it)" if len(texts) > 1 else ""
+        prefix = {Weight.WARNING: "warning: ", Weight.NOTE: "note: "}.get(weight, "")
+        found.append(f"{prefix}{texts[0]}{more}")
+    if not any(weight >= Weight.UNDECIDED for (weight, _, _), _ in ordered):
+        found.insert(
+            0, "every tensor is base + adapter within the rounding of its dtype, and the outputs agree"
+        )
+    return tuple(found)

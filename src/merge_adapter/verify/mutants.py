@@ -1,18 +1,21 @@
-"""Known faults injected into the gate's own weights part: a gate that does not catch them has shown nothing.
+"""Known faults injected into the gate itself: a gate that does not catch them has shown nothing.
 
-Nothing is written; the faults are made in memory, on a few of the tensors the adapter changes.
+Nothing is written; the faults are made in memory. Every run tries them on a few of the tensors the adapter changes,
+through the weights and the modules part; on request each is also made in the whole model and put to the outputs part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, undecided
+from merge_adapter.verify.layers import judge_layer
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.weights import Agreement, blocks, judge_update
 
@@ -40,6 +43,9 @@ def _foreign(base: Tensor, delta: Tensor, seed: int) -> Tensor:
     return base + delta.flatten()[order].reshape(delta.shape)
 
 
+DROPPED = "dropped layer: the layers of one block left unmerged"
+"""The fault that only exists in a whole model."""
+
 MUTANTS = (
     Mutant("no-op", "the base itself", lambda base, _delta, _seed: base),
     Mutant("twice", "the update added twice", lambda base, delta, _seed: base + 2 * delta),
@@ -49,46 +55,83 @@ MUTANTS = (
 )
 
 
-def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list[dict[str, object]]:
-    """Each fault on the sampled tensors: how many the weights part caught. JSON-ready."""
+@dataclass
+class Outcome:
+    """What the parts made of one injected fault."""
+
+    fault: str
+    tried: int = 0
+    weights: int = 0
+    modules: int = 0
+    """Of the tensors tried, how many the part caught."""
+    outputs: bool | None = None
+    """Whether the outputs part caught it in the whole model; None when it was not asked."""
+    missed: list[str] = field(default_factory=list)
+
+    @property
+    def caught_by(self) -> list[str]:
+        """Parts that caught the fault wherever it was tried."""
+        parts = [
+            name
+            for name, count in (("weights", self.weights), ("modules", self.modules))
+            if count == self.tried
+        ]
+        return [*parts, "outputs"] if self.outputs else parts
+
+    def as_json(self) -> dict[str, Any]:
+        """For merge_report.json."""
+        caught: dict[str, Any] = {"weights": self.weights, "modules": self.modules}
+        if self.outputs is not None:
+            caught["outputs"] = self.outputs
+        entry = {"fault": self.fault, "tried": self.tried, "caught": caught, "caught_by": self.caught_by}
+        return {**entry, "missed": self.missed} if self.missed else entry
+
+
+def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list[Outcome]:
+    """Each fault on the sampled tensors, through the weights and the modules part."""
     names = [name for name, update in expected.updates.items() if not isinstance(update, Replaced)]
     if not names:
         return []
-    picked = sorted({0, len(names) // 2, len(names) - 1})[:SAMPLED]
-    results: list[dict[str, object]] = []
+    picked = [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED]
+    outcomes = []
     for mutant in MUTANTS:
-        caught = tried = 0
-        missed = []
-        for at in picked:
-            name = names[at]
-            tried += 1
-            if _caught(mutant, expected.updates[name], storage, seed):
-                caught += 1
-            else:
-                missed.append(name)
-        results.append(
-            {
-                "fault": f"{mutant.name}: {mutant.makes}",
-                "tried": tried,
-                "caught": {"weights": caught},
-                "caught_by": ["weights"] if caught == tried else [],
-                "missed": missed,
-            }
-        )
-    # one tensor of the whole model left out is the no-op on that tensor alone: the verdict needs no second one
-    dropped = dict(results[0], fault="dropped module: one module left unmerged")
-    return [*results[:1], dropped, *results[1:]]
+        outcome = Outcome(f"{mutant.name}: {mutant.makes}")
+        for name in picked:
+            outcome.tried += 1
+            in_weights, in_modules = _caught(mutant, name, expected, storage, seed)
+            outcome.weights += in_weights
+            outcome.modules += in_modules
+            if not in_weights:
+                outcome.missed.append(name)
+        outcomes.append(outcome)
+    return outcomes
 
 
-def _caught(mutant: Mutant, update: Update, dtype: torch.dtype, seed: int) -> bool:
+def _caught(
+    mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int
+) -> tuple[bool, bool]:
+    """Whether the weights part and the modules part catch `mutant` on one tensor."""
+    update = expected.updates[name]
     part = _Head(update)
-    pieces = []
-    for start, stop in blocks(part.shape):
-        base = part.base_rows(start, stop, torch.float64)
-        delta = part.target_rows(start, stop, torch.float64) - base
-        pieces.append(mutant.change(base, delta, seed + start).to(dtype))
-    faulty = torch.cat(pieces).reshape(part.shape)
-    return judge_update("mutant", faulty, part).agreement is Agreement.WRONG
+    faulty = torch.cat(
+        [faulty_rows(mutant, part, start, stop, dtype, seed) for start, stop in blocks(part.shape)]
+    )
+    faulty = faulty.reshape(part.shape)
+    in_weights = judge_update("mutant", faulty, part).agreement is Agreement.WRONG
+    layer = expected.layers.get(name)
+    if layer is None or part.shape != update.shape:
+        return in_weights, False
+    judged = judge_layer(name, layer, faulty, None, update, seed=seed, allow_cast=False)
+    return in_weights, judged is not None and not judged.ratio <= 1
+
+
+def faulty_rows(
+    mutant: Mutant, update: Update, start: int, stop: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Rows [start, stop) as the faulty merge would store them."""
+    base = update.base_rows(start, stop, torch.float64)
+    delta = update.target_rows(start, stop, torch.float64) - base
+    return mutant.change(base, delta, seed + start).to(dtype)
 
 
 class _Head(Update):
@@ -115,12 +158,12 @@ class _Head(Update):
         return self._whole.cast_error(start, stop, dtype)
 
 
-def judge_mutants(results: list[dict[str, object]]) -> Iterator[Finding]:
-    """A fault that slipped through leaves the answer open."""
-    for entry in results:
-        if not entry["caught_by"]:
+def judge_mutants(outcomes: list[Outcome]) -> Iterator[Finding]:
+    """A fault that slipped through the weights part leaves the answer open."""
+    for outcome in outcomes:
+        if outcome.weights != outcome.tried:
             text = (
-                f"this injected fault went unseen in {entry['missed']}: the update is too small for this dtype "
-                "to show it; a wider dtype would"
+                f"this injected fault went unseen in {', '.join(outcome.missed)}: the update is too small for this "
+                "dtype to show it; a wider dtype would"
             )
-            yield undecided("mutants", str(entry["fault"]), text)
+            yield undecided("mutants", outcome.fault, text)

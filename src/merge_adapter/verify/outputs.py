@@ -15,9 +15,11 @@ is not above the noise no comparison of outputs could tell a good merge from non
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +30,11 @@ from merge_adapter.verify.answers import Batch, answer, distances, greedy
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, undecided
 from merge_adapter.verify.lazy import lazy_content, set_tensor, widen
+from merge_adapter.verify.mutants import DROPPED, MUTANTS, Mutant, Outcome, faulty_rows
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.rounding import half_ulp, rounded
-from merge_adapter.verify.statistics import Measure, histogram, measure
+from merge_adapter.verify.sentences import Tail
+from merge_adapter.verify.statistics import Measure, bounds, histogram, measure
 from merge_adapter.verify.weights import blocks
 
 Rounding = Callable[[Update, str, int, int, torch.dtype], Tensor]
@@ -73,6 +77,7 @@ def run_reference_arms(
     greedy_tokens: int,
     seed: int,
     progress: Progress,
+    tail: Tail | None = None,
 ) -> Arms:
     """R and B on PEFT's `model`; O and O+ on `plain`, a second load of the base. Both are changed in place."""
     widen(model, device)
@@ -82,7 +87,7 @@ def run_reference_arms(
         def ask(asked: Any) -> Tensor:
             found = []
             for piece in batch.parts():
-                found.append(answer(asked, kind, piece, device))
+                found.append(answer(asked, kind, piece, device, tail))
                 task.advance(int(piece.ids.numel()))
             return torch.cat(found)
 
@@ -149,6 +154,66 @@ def dithered(seed: int) -> Rounding:
         )
         shift = torch.rand(target.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return rounded(target + shift * tolerance, dtype)
+
+    return how
+
+
+def run_mutant_arms(
+    plain: nn.Module,
+    expected: Expectations,
+    outcomes: list[Outcome],
+    arms: Arms,
+    kind: str,
+    batch: Batch,
+    *,
+    storage: torch.dtype,
+    device: torch.device,
+    confidence: float,
+    seed: int,
+    progress: Progress,
+    tail: Tail | None = None,
+) -> list[Outcome]:
+    """Make each fault in the whole of `plain` and ask whether the outputs part's rule would fail it.
+
+    Returns the outcomes with that answer, and one more: a block of layers left unmerged.
+    """
+    noise = distances(
+        kind, arms.reference, arms.ceiling if arms.ceiling is not None else arms.oracle, batch.mask
+    )
+    limit = bounds(noise["mean"], confidence=confidence, seed=seed)[1]
+    dropped = Outcome(DROPPED)
+    with progress.task("Injecting faults into outputs", len(outcomes) + 1, unit="faults") as task:
+        for outcome, how in [
+            *zip(outcomes, map(partial(_mutated, seed), MUTANTS), strict=True),
+            (dropped, _drop(expected)),
+        ]:
+            place_oracle(plain, expected, storage, device, how)
+            answers = torch.cat([answer(plain, kind, piece, device, tail) for piece in batch.parts()])
+            outcome.outputs = (
+                float(distances(kind, arms.reference, answers, batch.mask)["mean"].mean()) > limit
+            )
+            task.advance(1)
+    return [*outcomes, dropped]
+
+
+def _mutated(seed: int, mutant: Mutant) -> Rounding:
+    def how(update: Update, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if isinstance(update, Replaced):
+            return once_rounded(update, name, start, stop, dtype)
+        return faulty_rows(mutant, update, start, stop, dtype, seed)
+
+    return how
+
+
+def _drop(expected: Expectations) -> Rounding:
+    """The once-rounded oracle, but for the block in the middle of the model, which stays the base's."""
+    blocks_of = [match.group(0) for name in expected.updates if (match := re.search(r"\.\d+\.", name))]
+    chosen = blocks_of[len(blocks_of) // 2] if blocks_of else ""
+
+    def how(update: Update, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if chosen in name and not isinstance(update, Replaced):
+            return update.base_rows(start, stop, torch.float32).to(dtype)
+        return once_rounded(update, name, start, stop, dtype)
 
     return how
 

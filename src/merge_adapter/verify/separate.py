@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,48 +36,42 @@ class Merged:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ask_merged(
-    folder: Path,
-    *,
-    kind: str,
-    dtype: torch.dtype,
-    device: str,
-    batch: Batch | None,
-    greedy: tuple[Batch, Tensor] | None,
-    texts: Sequence[str],
-    conversations: Sequence[Any],
-    tokenizer: bool,
-    trust: bool,
-    timeout: float,
-    isolated: bool,
-) -> Merged:
-    """Run `batch` through the model in `folder` in a process of its own, which also surveys its tokenizer.
+@dataclass(frozen=True)
+class Questions:
+    """Everything the merged model is asked."""
 
-    The process gets no secrets, in neither its environment nor its arguments, and may not reach the network.
+    folder: Path
+    kind: str
+    dtype: torch.dtype
+    """In which its weights are stored and loaded; they compute in fp32."""
+    device: str
+    batch: Batch | None
+    """What it reads; None to survey the tokenizer alone."""
+    greedy: tuple[Batch, Tensor] | None
+    """Prompts and the reference's continuations."""
+    sentences: bool
+    """Load it through sentence-transformers."""
+    texts: tuple[str, ...]
+    conversations: tuple[Any, ...]
+    tokenizer: bool
+    trust: bool
+    timeout: float
+    """Seconds."""
+    isolated: bool
+
+
+def ask_merged(questions: Questions) -> Merged:
+    """Put the questions to the model, in a process of its own when they say so.
+
+    That process gets no secrets, in neither its environment nor its arguments, and may not reach the network.
     """
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory(prefix="merge-adapter-arm-") as name:
         work = Path(name)
-        inputs: dict[str, Tensor] = {}
-        if batch is not None:
-            inputs = {"ids": batch.ids.contiguous(), "mask": batch.mask.contiguous()}
-            if greedy is not None:
-                inputs |= {"prompts": greedy[0].ids.contiguous(), "continuation": greedy[1].contiguous()}
-        save_file(inputs, work / "inputs.safetensors")
-        job = {
-            "merged": str(folder.resolve()),
-            "kind": str(kind),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "texts": list(texts),
-            "conversations": list(conversations),
-            "tokenizer": tokenizer,
-            "trust": trust,
-        }
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        failed = _run(work, timeout) if isolated else _run_here(work)
+        save_file(_inputs(questions), work / "inputs.safetensors")
+        (work / "job.json").write_text(json.dumps(_job(questions)), encoding="utf-8")
+        failed = _run(work, questions.timeout) if questions.isolated else _run_here(work)
         if failed:
             return Merged(error=failed)
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
@@ -93,6 +87,31 @@ def ask_merged(
         missing=tuple(result.get("missing", ())),
         tokenizer=result.get("tokenizer", {}),
     )
+
+
+def _inputs(questions: Questions) -> dict[str, Tensor]:
+    if questions.batch is None:
+        return {}
+    inputs = {"ids": questions.batch.ids.contiguous(), "mask": questions.batch.mask.contiguous()}
+    if questions.greedy is not None:
+        prompts, continuation = questions.greedy
+        inputs |= {"prompts": prompts.ids.contiguous(), "continuation": continuation.contiguous()}
+    return inputs
+
+
+def _job(questions: Questions) -> dict[str, Any]:
+    return {
+        "merged": str(questions.folder.resolve()),
+        "kind": str(questions.kind),
+        "dtype": str(questions.dtype).removeprefix("torch."),
+        "device": questions.device,
+        "threads": torch.get_num_threads(),
+        "texts": list(questions.texts),
+        "conversations": list(questions.conversations),
+        "tokenizer": questions.tokenizer,
+        "sentences": questions.sentences,
+        "trust": questions.trust,
+    }
 
 
 def _run_here(work: Path) -> str:

@@ -6,10 +6,13 @@ expected one here, and two surveys are compared field by field.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from merge_adapter.types import Resolved
 from merge_adapter.verify.findings import Finding, fault, warning
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -106,3 +109,54 @@ def _template(merged: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterabl
     if differing:
         text = f"renders {differing} of {len(expected['rendered'])} conversations differently"
         yield fault("tokenizer", "chat template", text)
+
+
+def tokenizer_folder(sources: Resolved, stack: ExitStack) -> Path | None:
+    """A local folder with the tokenizer the merged model must have; None when there is none.
+
+    AutoTokenizer asks a model's config which class to use when the tokenizer's own files do not say: an adapter's files
+    are joined with the base's config for that, in a folder that lives as long as `stack`.
+    """
+    repository = sources.tokenizer
+    if repository is None:
+        return None
+    names = [name for name in repository.files if _is_tokenizer_file(name)]
+    place = repository.folder(names)
+    if (place / "config.json").exists():
+        return place
+    joined = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-tokenizer-")))
+    for name in names:
+        (joined / name).write_bytes((place / name).read_bytes())
+    (joined / "config.json").write_bytes(sources.base.repository.read("config.json"))
+    return joined
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    heavy = (
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".gguf",
+        ".md",
+        ".png",
+        ".jpg",
+    )
+    return "/" not in name and not name.startswith((".", "adapter_")) and not name.endswith(heavy)
+
+
+def load_tokenizer(folder: Path | None, *, trust: bool) -> Any:
+    """The tokenizer in `folder`; None when there is none, or when it cannot be loaded, which the survey reports."""
+    if folder is None:
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust, local_files_only=True
+        )
+    except Exception:  # noqa: BLE001 - tokenizers fail in every way there is
+        return None

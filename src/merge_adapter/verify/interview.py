@@ -1,0 +1,232 @@
+"""The second half of a verification: what the models say. Tokenizer, outputs, greedy text.
+
+The merged model answers in a process of its own; everything it is asked, it is asked in one visit.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_adapter.errors import MalformedError
+from merge_adapter.types import Progress, Resolved
+from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
+from merge_adapter.verify.expectations import Expectations
+from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
+from merge_adapter.verify.greedy import judge_greedy
+from merge_adapter.verify.loading import AdapterFile, Kind, load_base
+from merge_adapter.verify.mutants import Outcome
+from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
+from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
+from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
+from merge_adapter.verify.separate import Merged, Questions, ask_merged
+from merge_adapter.verify.settings import VerifySettings
+from merge_adapter.verify.tokens import judge_tokenizer, load_tokenizer, survey, tokenizer_folder
+
+EXACT_DOCUMENTS = 4
+"""Documents the merged arm reads when its weights are bit for bit the oracle's: only loading remains to be seen."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the first half of the gate has loaded and learned."""
+
+    merged: Path
+    sources: Resolved
+    files: tuple[AdapterFile, ...]
+    base_folder: Path
+    kind: Kind
+    adapted: Any
+    """PEFT's model, unmerged."""
+    expected: Expectations
+    exact: bool
+    """True when the merged weights are bit for bit the once-rounded oracle."""
+    outcomes: list[Outcome]
+    loaded_dtype: torch.dtype
+    """In which the base is loaded."""
+    storage: torch.dtype
+    """In which the merged weights are stored."""
+    embeddings: int | None
+    """Rows of the merged model's input embeddings."""
+
+
+class Interview:
+    """Puts the probes to every arm. `run` fills `findings` and `evidence`."""
+
+    def __init__(self, subject: Subject, settings: VerifySettings, progress: Progress) -> None:
+        self.subject = subject
+        self.settings = settings
+        self.progress = progress
+        self.findings: list[Finding] = []
+        self.evidence: dict[str, Any] = {}
+        self.device = settings.device
+        if settings.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._trust = settings.trust_remote_code
+
+    def run(self) -> None:
+        """Ask, and judge the answers."""
+        with ExitStack() as stack:
+            own = from_file(self.settings.probes) if self.settings.probes is not None else ()
+            texts = (*own, *shipped())
+            source = tokenizer_folder(self.subject.sources, stack)
+            tokenizer = load_tokenizer(source, trust=self._trust)
+            probes = self._probes(texts, tokenizer) if self.settings.outputs else None
+            tail = self._tail()
+            arms = self._arms(probes, tail) if probes is not None else None
+            questions = self._questions(texts, source, probes, arms, tail)
+            with self.progress.task("Running the merged model on its own", None):
+                merged = ask_merged(questions)
+            self._tokenizer(questions, merged, source)
+            self._outputs(probes, arms, merged)
+            if arms is not None and arms.greedy is not None and merged.choices is not None:
+                found, self.evidence["greedy"] = judge_greedy(arms, merged, tokenizer)
+                self.findings += found
+
+    def _probes(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | None:
+        subject = self.subject
+        rows = vocabulary(subject.adapted)
+        if rows is None:
+            self.findings.append(undecided("outputs", "", f"this gate cannot feed a {subject.kind} model"))
+            return None
+        limit, budget = positions(subject.adapted.config), self.settings.tokens(self.device)
+        if tokenizer is None:
+            self.findings.append(note("outputs", "", "no tokenizer: probed with seeded random token ids"))
+            probes = random_ids(budget=budget, vocabulary=rows, limit=limit, seed=self.settings.seed)
+        else:
+            probes = tokenized(texts, tokenizer, budget=budget, vocabulary=rows, limit=limit)
+        self.evidence["probes"] = {
+            "version": VERSION,
+            "source": probes.source,
+            "documents": len(probes.batch),
+            "tokens": probes.tokens,
+            "chat_templated": probes.templated,
+            "own": self.settings.probes.name if self.settings.probes is not None else None,
+        }
+        return probes
+
+    def _tail(self) -> Tail | None:
+        """How embeddings are pooled; None for mean pooling, and for other kinds of model."""
+        repository = source_of(self.subject.sources) if self.subject.kind is Kind.EMBEDDING else None
+        if repository is None:
+            return None
+        if not installed():
+            text = "sentence-transformers is not installed: embeddings were mean-pooled, its own pooling is not judged"
+            self.findings.append(warning("outputs", "", text))
+            return None
+        try:
+            return tail_of(repository)
+        except MalformedError as error:
+            self.findings.append(warning("outputs", "", f"{error.message}; embeddings were mean-pooled"))
+            return None
+
+    def _arms(self, probes: Probes, tail: Tail | None) -> Arms:
+        subject, settings = self.subject, self.settings
+        plain = load_base(
+            subject.base_folder,
+            subject.kind,
+            subject.files,
+            dtype=subject.loaded_dtype,
+            trust_remote_code=self._trust,
+        )
+        begun = prompts(probes.batch, settings.greedy_prompts) if subject.kind is Kind.CAUSAL else None
+        arms = run_reference_arms(
+            subject.adapted,
+            plain.model,
+            subject.expected,
+            subject.kind,
+            probes.batch,
+            storage=subject.storage,
+            device=torch.device(self.device),
+            with_ceiling=not subject.exact,
+            prompts=begun,
+            greedy_tokens=settings.greedy_tokens,
+            seed=settings.seed,
+            progress=self.progress,
+            tail=tail,
+        )
+        if settings.full_mutants and subject.outcomes:
+            outcomes = run_mutant_arms(
+                plain.model,
+                subject.expected,
+                subject.outcomes,
+                arms,
+                subject.kind,
+                probes.batch,
+                storage=subject.storage,
+                device=torch.device(self.device),
+                confidence=settings.confidence,
+                seed=settings.seed,
+                progress=self.progress,
+                tail=tail,
+            )
+            self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
+        return arms
+
+    def _questions(
+        self,
+        texts: tuple[Probe, ...],
+        source: Path | None,
+        probes: Probes | None,
+        arms: Arms | None,
+        tail: Tail | None,
+    ) -> Questions:
+        batch: Batch | None = None
+        if probes is not None and arms is not None:
+            batch = probes.batch.part(0, EXACT_DOCUMENTS) if self.subject.exact else probes.batch
+        return Questions(
+            folder=self.subject.merged,
+            kind=self.subject.kind,
+            dtype=self.subject.storage,
+            device=self.device,
+            batch=batch,
+            greedy=arms.greedy[:2] if arms is not None and arms.greedy is not None else None,
+            sentences=tail is not None,
+            texts=tuple(probe.plain() for probe in texts),
+            conversations=tuple([dict(turn) for turn in probe.messages] for probe in texts if probe.messages),
+            tokenizer=source is not None,
+            trust=self._trust,
+            timeout=self.settings.timeout,
+            # with nothing to run, a process of its own would show no more than this one
+            isolated=self.settings.isolated and batch is not None,
+        )
+
+    def _tokenizer(self, questions: Questions, merged: Merged, source: Path | None) -> None:
+        if source is None:
+            return
+        expected = survey(source, questions.texts, questions.conversations, trust=self._trust)
+        found = list(judge_tokenizer(merged.tokenizer, expected, embeddings=self.subject.embeddings))
+        self.findings += found
+        self.evidence["tokenizer"] = {
+            "verdict": str(verdict(found)),
+            "texts": len(questions.texts),
+            "conversations": len(questions.conversations),
+            "size": merged.tokenizer.get("size"),
+            "template": merged.tokenizer.get("template"),
+            "findings": [str(finding) for finding in found],
+        }
+
+    def _outputs(self, probes: Probes | None, arms: Arms | None, merged: Merged) -> None:
+        if merged.error:
+            text = f"the merged model could not be run on its own: {merged.error}"
+            self.findings.append(fault("outputs", "", text))
+            self.evidence["outputs"] = {"verdict": "fail"}
+        elif not self.settings.outputs:
+            self.findings.append(undecided("outputs", "", "the outputs were not compared, as asked"))
+        elif arms is not None and probes is not None and merged.answers is not None:
+            part = judge_outputs(
+                arms,
+                merged.answers,
+                self.subject.kind,
+                probes.batch,
+                names=probes.names,
+                confidence=self.settings.confidence,
+                seed=self.settings.seed,
+            )
+            self.findings += part.findings
+            self.evidence["outputs"] = {"verdict": str(verdict(part.findings)), **part.evidence}
