@@ -61,6 +61,7 @@ class Bench:
     adapter: Path
     auto: str
     dtype: torch.dtype
+    labels: int | None = None
 
     @property
     def sources(self) -> Resolved:
@@ -90,8 +91,13 @@ class Bench:
     def load_base(self) -> Any:
         import transformers
 
+        options = {"num_labels": self.labels} if self.labels else {}
         with quietly():
-            return getattr(transformers, self.auto).from_pretrained(self.base, dtype=torch.float32).eval()
+            return (
+                getattr(transformers, self.auto)
+                .from_pretrained(self.base, dtype=torch.float32, **options)
+                .eval()
+            )
 
     def adapted(self) -> Any:
         """Base + adapter, unmerged, float32."""
@@ -152,10 +158,13 @@ def bench(tmp_path: Path, base_of: Callable[..., Path]) -> Callable[..., Bench]:
         model_type: str = "llama",
         dtype: torch.dtype = torch.float32,
         changes: Mapping[str, Any] | None = None,
+        auto: str = "",
+        labels: int | None = None,
         **config: Any,
     ) -> Bench:
         base = base_of(model_type, dtype, **(changes or {}))
-        made = Bench(base, tmp_path / "adapter", AUTO.get(model_type, "AutoModelForCausalLM"), dtype)
+        auto = auto or AUTO.get(model_type, "AutoModelForCausalLM")
+        made = Bench(base, tmp_path / "adapter", auto, dtype, labels)
         with quietly():
             torch.manual_seed(2)
             parsed = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[peft_type]](**config)

@@ -10,25 +10,26 @@ that cannot do is done on the whole model in memory, by the same functions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_adapter.errors import AccountingError, BaseModelError, MethodError
+from merge_adapter.methods.adapter_file import PREFIX
 from merge_adapter.methods.change import (
     Change,
     Context,
-    Group,
     Kind,
     ModuleChange,
     Planned,
-    Replacement,
     TensorSpec,
 )
-from merge_adapter.methods.edits import config_without_ties, usual_dtype
+from merge_adapter.methods.edits import config_without_ties, place
 from merge_adapter.methods.ghost import ghostly
+from merge_adapter.methods.heads import head_changes
 from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign
 from merge_adapter.methods.peft_run import MergeTogether, Output, Session, Source
 from merge_adapter.methods.refuse import check_method
+from merge_adapter.methods.replacements import replacement_edits
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.conversion import ConvertedNames
 from merge_adapter.types import Strategy
@@ -51,6 +52,11 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
         raise TypeError(f"expected ConvertedNames, got {type(names).__name__}")
     adapted = adapt(ghostly(names.model), context.config)
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)
+    if context.adapter.weight != 1.0:
+        raise MethodError(
+            f"A {method.title} adapter cannot be merged with weight {context.adapter.weight}; only LoRA can.",
+            hint="Give this adapter the weight 1.",
+        )
     assigned = assign(
         adapted,
         context.tensors,
@@ -99,13 +105,13 @@ class _Planner:
         for members in self._together(layers, outputs):
             changes.append(self._change(session, members, outputs, untied, shared))
             shared = ()  # counted once
-        changes.extend(
-            self._replacements({p for made in outputs.values() for o in made for p in (o.parameter,)})
-        )
+        trained = self._trained({output.parameter for made in outputs.values() for output in made})
+        config = config_without_ties(self.context.sources.base.config) if untied else {}
         in_memory = self.way is Way.MEMORY
-        return Planned(
-            changes=tuple(changes),
-            config_changes=config_without_ties(self.context.sources.base.config) if untied else {},
+        return replace(
+            trained,
+            changes=(*trained.changes, *changes),
+            config_changes={**config, **trained.config_changes},
             strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
             strategy_reason=reason if in_memory else "",
         )
@@ -245,32 +251,12 @@ class _Planner:
         assert self.method.kind is not None
         return self.method.kind
 
-    def _replacements(self, merged: set[str]) -> list[Change]:
-        """Tensors of the adapter that simply take a parameter's place."""
-        changes: list[Change] = []
-        groups: dict[int, tuple[Group, list[str]]] = {}
-        for parameter, name in self.assigned.parameters.items():
-            if parameter in merged:
-                continue
-            group = self.names.group(parameter)
-            if group is not None:
-                groups.setdefault(id(group), (group, []))[1].append(parameter)
-                continue
-            changes.append(self._replacement(parameter, name))
-        if groups:
-            listed = ", ".join(parameter for _, found in groups.values() for parameter in found)
-            raise BaseModelError(
-                f"Trained tensors replace parts of fused ones on disk: {listed}.",
-                hint="Use --strategy memory.",
-            )
-        return changes
-
-    def _replacement(self, parameter: str, name: str) -> Replacement:
-        spec = self.context.tensors[name]
-        on_disk = self.names.direct(parameter) if parameter in self.names.renamed else None
-        if on_disk is not None:
-            old = self.context.base[on_disk]
-            return Replacement(TensorSpec(old.name, old.dtype, spec.shape), parameter, name)
-        dtype = usual_dtype(self.context.base.values())
-        added = TensorSpec(self.names.disk_name(parameter), dtype, spec.shape)
-        return Replacement(added, parameter, name, kind=Kind.ADD)
+    def _trained(self, merged: set[str]) -> Planned:
+        """Tensors of the adapter that simply take a parameter's place: heads, saved modules, biases."""
+        specs = {
+            name.removeprefix(PREFIX): self.context.tensors[name]
+            for parameter, name in self.assigned.parameters.items()
+            if parameter not in merged
+        }
+        edits = replacement_edits(self.context, specs)
+        return head_changes(self.context, edits, place(self.context, edits))

@@ -154,11 +154,11 @@ def assign(
     then compares them when it loads. Raises AccountingError for tensors left over or missing, ShapeError for
     tensors of another shape than PEFT's layers have.
     """
-    expected = _saved_form(adapted)
+    expected = _saved_form(adapted, parameters)
     replaced, own = {}, {}
     for name, spec in tensors.items():
         parameter = _parameter_name(name)
-        if name not in expected and parameter in parameters:
+        if parameter in parameters:
             replaced[parameter] = name
         else:
             own[name] = spec
@@ -234,18 +234,15 @@ def _matches(config: Any, name: str) -> bool:
     return bool(found) and not isinstance(found, _ExcludedModule)
 
 
-def _saved_form(adapted: AdaptedModel) -> dict[str, tuple[int, ...]]:
-    """What PEFT would save of this model: name -> shape."""
+def _saved_form(adapted: AdaptedModel, parameters: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """What PEFT would save of this model, apart from parameters of the base: name -> shape."""
     from peft import get_peft_model_state_dict
 
     with quiet():
         state = get_peft_model_state_dict(adapted.peft, adapter_name=ADAPTER, save_embedding_layers=False)
-    bias = {
-        name
-        for name in state
-        if name.endswith(".bias") and _parameter_name(name) != name.removeprefix(PREFIX)
+    return {
+        name: tuple(value.shape) for name, value in state.items() if _parameter_name(name) not in parameters
     }
-    return {name: tuple(value.shape) for name, value in state.items() if name not in bias}
 
 
 def _parameter_name(name: str) -> str:

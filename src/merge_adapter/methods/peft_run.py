@@ -66,14 +66,14 @@ class Session:
         """Replace `values` (parameter -> float32) of these modules by their merged values."""
         if self.way is Way.ALONE:
             for path in paths:
-                self._merge_layer(self._alone(path, values, adapter), values)
+                _merge_layer(self._alone(path, values, adapter), values)
         elif self.way is Way.MEMORY:
             for layer in self._whole(values, base, adapter):
-                self._merge_layer(layer, values)
+                _merge_layer(layer, values)
         else:
             self._load(adapter)
             for path in paths:
-                self._merge_layer(self._layers[path], values)
+                self._merge_ghost(self._layers[path], values)
 
     def _load(self, adapter: Weights) -> None:
         if not self._layers:
@@ -86,28 +86,16 @@ class Session:
             *(name for names in self.assigned.of_module.values() for name in names),
         ]
 
-    def _merge_layer(self, layer: Layer, values: dict[str, Tensor]) -> None:
-        """Run PEFT's merge of one module on its real values; the ghosts return afterwards."""
+    def _merge_ghost(self, layer: Layer, values: dict[str, Tensor]) -> None:
+        """Lend a layer its real values for the merge; the ghosts return afterwards."""
         real = {
-            name: values[f"{layer.path}.{name}"]
+            name: values[f"{layer.path}.{name}"].clone()
             for name, parameter in layer.base._parameters.items()
             if parameter is not None and f"{layer.path}.{name}" in values
         }
-        before = place(layer.base, {name: value.clone() for name, value in real.items()})
+        before = place(layer.base, real)
         try:
-            with torch.no_grad(), quiet():
-                for part in layer.layers:
-                    part.merge()
-            inside = layer.layers[0].get_base_layer()  # LN tuning puts its own module there
-            for name in real:
-                merged = inside._parameters[name]
-                assert merged is not None
-                values[f"{layer.path}.{name}"] = merged.data
-        except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-            raise MethodError(
-                f"{layer.path}: PEFT cannot merge this adapter: {error}",
-                hint="Keep the adapter and load it with PEFT beside its base.",
-            ) from error
+            _merge_layer(layer, values)
         finally:
             if layer.layers[0].get_base_layer() is not layer.base:
                 layer.layers[0].unmerge()
@@ -153,6 +141,23 @@ class Session:
         if group is not None:
             return group.load({spec.name: base.read(spec.name) for spec in group.tensors})[parameter].float()
         return None
+
+
+def _merge_layer(layer: Layer, values: dict[str, Tensor]) -> None:
+    """PEFT's merge of one module that holds real values; replaces those in `values`."""
+    try:
+        with torch.no_grad(), quiet():
+            for part in layer.layers:
+                part.merge()
+    except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        raise MethodError(
+            f"{layer.path}: PEFT cannot merge this adapter: {error}",
+            hint="Keep the adapter and load it with PEFT beside its base.",
+        ) from error
+    inside = layer.layers[0].get_base_layer()  # LN tuning puts its own module there
+    for name, parameter in inside._parameters.items():
+        if parameter is not None and f"{layer.path}.{name}" in values:
+            values[f"{layer.path}.{name}"] = parameter.data
 
 
 @dataclass(frozen=True)
