@@ -1,0 +1,392 @@
+"""Steps as a runner runs them: the entry point in a process of its own, the embedded Hub, GitHub's API description."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+HEAD = "ec26c3e57ca3a959ca5aad62de7213c562f8c821"
+REPOSITORY = {"id": 186853002, "full_name": "octocat/adapters", "default_branch": "main"}
+FORK = {"id": 186853003, "full_name": "mallory/adapters", "default_branch": "main"}
+UNVERIFIED = {"verify": "false"}
+"""Saves the gate's ten seconds where it is not what is tested."""
+
+
+@pytest.fixture(scope="session")
+def ada(hub: Any, tokens: dict[str, str]) -> HfApi:
+    """The owner of models on the embedded Hub."""
+    return HfApi(endpoint=hub.url, token=tokens["ada"])
+
+
+@pytest.fixture(scope="session")
+def base_on_hub(ada: HfApi, lm_base: Path) -> str:
+    ada.create_repo("ada/action-base", exist_ok=True)
+    ada.upload_folder(repo_id="ada/action-base", folder_path=lm_base)
+    return "ada/action-base"
+
+
+def adapter_on_hub(ada: HfApi, folder: Path, name: str, base: str) -> str:
+    """A public adapter that names `base`; its commit."""
+    ada.create_repo(name)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    ada.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["adapter_config.json", "README.md"])
+    commit = ada.upload_file(
+        path_or_fileobj=json.dumps(config).encode(), path_in_repo="adapter_config.json", repo_id=name
+    )
+    return str(commit.oid)
+
+
+@pytest.fixture
+def adapters_in_workspace(
+    workspace: Path, lm_base: Path, lm_adapter: Path, git: Callable[..., str]
+) -> tuple[str, str]:
+    """A repository with a base, a good adapter and, in a second commit, that adapter trained anew and a broken one.
+
+    Returns the two commits.
+    """
+    shutil.copytree(lm_base, workspace / "base")
+    shutil.copytree(lm_adapter, workspace / "adapters/good")
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "first")
+    before = git("rev-parse", "HEAD")
+    shutil.copytree(lm_adapter, workspace / "adapters/broken")
+    (workspace / "adapters/broken/adapter_model.safetensors").write_bytes(b"not safetensors at all")
+    config = workspace / "adapters/good/adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "second")
+    return before, git("rev-parse", "HEAD")
+
+
+def pull_request(before: str, after: str, head_repo: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "action": "synchronize",
+        "number": 7,
+        "pull_request": {
+            "number": 7,
+            "head": {"ref": "patch", "sha": after, "repo": head_repo},
+            "base": {"ref": "main", "sha": before, "repo": REPOSITORY},
+        },
+        "repository": REPOSITORY,
+    }
+
+
+def test_a_dispatch_becomes_a_verified_pull_request_once(
+    act: Callable[..., Any],
+    hub: Any,
+    tokens: dict[str, str],
+    ada: HfApi,
+    base_on_hub: str,
+    lm_adapter: Path,
+    runner_obeys: Callable[[str], list[Any]],
+) -> None:
+    """The way of the README: an adapter is pushed, the workflow runs, and a ready pull request is on the Hub.
+
+    The second run of the same commit changes nothing and says so.
+    """
+    sha = adapter_on_hub(ada, lm_adapter, "ada/dispatched", base_on_hub)
+    event = {
+        "action": "merge-adapter",
+        "client_payload": {"adapter": "ada/dispatched", "revision": sha},
+        "repository": REPOSITORY,
+    }
+    env = {"HF_ENDPOINT": hub.url}
+    inputs = {"hf-token": tokens["ada"], "probe-tokens": "64"}
+    step = act("repository_dispatch", event, inputs=inputs, env=env)
+    assert step.code == 0, step.log
+    assert step.outputs["verdict"] == "pass"
+    assert step.outputs["operation"] == "created"
+    assert step.outputs["repo"] == "ada/dispatched-merged"
+    assert step.outputs["adapter-revision"] == sha
+    assert step.outputs["base-model"] == base_on_hub
+    assert step.outputs["pull-request-url"].startswith(hub.url)
+    number = int(step.outputs["pull-request-number"])
+    details = ada.get_discussion_details("ada/dispatched-merged", number)
+    assert (details.status, details.git_reference) == ("open", f"refs/pr/{number}")
+    files = ada.list_repo_files("ada/dispatched-merged", revision=details.git_reference)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "merge_report.json"} <= set(files)
+    report = json.loads((step.workspace / step.outputs["report"]).read_text())
+    assert report["verification"]["verdict"] == "pass"
+    assert "✅ pass" in step.summary
+    assert "```mermaid" in step.summary
+    assert step.outputs["pull-request-url"] in step.summary
+    assert tokens["ada"] not in step.log.replace(f"::add-mask::{tokens['ada']}", "")
+    assert [command.name for command in step.commands][:2] == ["add-mask", "group"]
+
+    again = act("repository_dispatch", event, inputs=inputs, env=env)
+    assert again.code == 0, again.log
+    assert again.outputs["operation"] == "unchanged"
+    assert again.outputs["pull-request-number"] == str(number)
+    assert again.outputs["verdict"] == "pass"
+
+
+def test_a_push_merges_what_changed_one_after_the_other(
+    act: Callable[..., Any], github_api: Any, adapters_in_workspace: tuple[str, str]
+) -> None:
+    """The broken adapter does not keep the good one from its turn; each has its result and its check."""
+    before, after = adapters_in_workspace
+    event = {"before": before, "after": after, "ref": "refs/heads/main", "repository": REPOSITORY}
+    step = act(
+        "push",
+        event,
+        inputs=UNVERIFIED
+        | {"publish": "none", "base-model": "base", "path": "adapters", "github-token": "ghs_x"},
+        env={"GITHUB_API_URL": github_api.url, "GITHUB_SHA": after},
+    )
+    assert step.code == 2, step.log
+    broken, good = step.results
+    assert (broken["adapter"], broken["verdict"], broken["exit-code"]) == ("./adapters/broken", "error", 2)
+    assert "adapter_model.safetensors" in broken["error"]
+    assert (good["adapter"], good["verdict"], good["exit-code"]) == ("./adapters/good", "inconclusive", 0)
+    assert step.outputs["verdict"] == "error"
+    assert step.outputs["report"] == "", "there were several"
+    assert (step.workspace / good["report"]).is_file()
+    checks = {one.body["name"]: one.body for one in github_api.sent("POST", ".*/check-runs")}
+    assert checks["merge-adapter: ./adapters/broken"]["conclusion"] == "failure"
+    assert checks["merge-adapter: ./adapters/good"]["conclusion"] == "neutral"
+    assert {check["head_sha"] for check in checks.values()} == {after}
+    assert [one.authorization for one in github_api.requests] == ["token ghs_x"] * len(github_api.requests)
+    assert not github_api.sent("POST", ".*/comments")
+
+
+def test_a_pull_request_from_a_fork_is_merged_and_nothing_more(
+    act: Callable[..., Any], github_api: Any, hub: Any, adapters_in_workspace: tuple[str, str]
+) -> None:
+    """No token is read although the workflow hands them over, GitHub hears nothing of it, nothing is published."""
+    before, after = adapters_in_workspace
+    step = act(
+        "pull_request",
+        pull_request(before, after, FORK),
+        inputs=UNVERIFIED
+        | {
+            "adapter": "adapters/good",
+            "base-model": "base",
+            "hf-token": "hf_must_not_be_read",
+            "github-token": "ghs_must_not_be_read",
+            "target-repo": "ada/stolen",
+            "trust-remote-code": "true",
+        },
+        env={"HF_ENDPOINT": hub.url, "GITHUB_API_URL": github_api.url, "HF_TOKEN": "hf_nor_this"},
+    )
+    assert step.code == 0, step.log
+    assert step.outputs["verdict"] == "inconclusive"
+    assert step.outputs["operation"] == step.outputs["pull-request-url"] == ""
+    assert github_api.requests == []
+    assert "must_not_be_read" not in step.log + step.summary, "not even as a mask"
+    assert "hf_nor_this" not in step.log + step.summary
+    assert any("comes from a fork" in text for text in step.annotations("notice"))
+    assert (
+        json.loads((step.workspace / step.outputs["report"]).read_text())["settings"]["trust_remote_code"]
+        is False
+    )
+
+
+def test_a_pull_request_gets_a_comment_and_a_status_where_checks_are_closed(
+    act: Callable[..., Any], github_api: Any, adapters_in_workspace: tuple[str, str]
+) -> None:
+    """Without `checks: write` the status says it; the comment is one, for both adapters."""
+    before, after = adapters_in_workspace
+    github_api.answer("POST", ".*/check-runs", 403, {"message": "Resource not accessible by integration"})
+    step = act(
+        "pull_request",
+        pull_request(before, after, REPOSITORY),
+        inputs=UNVERIFIED | {"publish": "none", "base-model": "base", "github-token": "ghs_x"},
+        env={"GITHUB_API_URL": github_api.url},
+    )
+    assert step.code == 2, step.log
+    states = {one.body["context"]: one.body["state"] for one in github_api.sent("POST", ".*/statuses/.*")}
+    assert states == {
+        "merge-adapter: ./adapters/broken": "failure",
+        "merge-adapter: ./adapters/good": "success",
+    }
+    (comment,) = github_api.sent("POST", r"/repos/octocat/adapters/issues/7/comments")
+    assert comment.body["body"].startswith("<!-- merge-adapter: ")
+    assert "./adapters/broken" in comment.body["body"]
+    assert "https://github.com/octocat/adapters/actions/runs/1658821493" in comment.body["body"]
+    assert "may not" not in step.summary, "the status stood in"
+
+
+def test_feedback_that_is_not_allowed_is_said_once_and_harms_nothing(
+    act: Callable[..., Any], github_api: Any, adapters_in_workspace: tuple[str, str]
+) -> None:
+    before, after = adapters_in_workspace
+    refused = {"message": "Resource not accessible by integration"}
+    github_api.answer("POST", ".*", 403, refused)
+    github_api.answer("GET", ".*", 404, refused)
+    step = act(
+        "pull_request",
+        pull_request(before, after, REPOSITORY),
+        inputs=UNVERIFIED | {"publish": "none", "base-model": "base", "github-token": "ghs_x"}
+        | {"adapter": "adapters/broken\nadapters/broken/../broken"},
+        env={"GITHUB_API_URL": github_api.url},
+    )  # fmt: skip
+    assert step.code == 2
+    assert len(step.results) == 1, "the same folder, named twice"
+    assert step.summary.count("may not set a commit status") == 1
+    assert step.summary.count("may not comment on the pull request") == 1
+
+
+def test_a_release_carries_report_and_card(
+    act: Callable[..., Any], github_api: Any, workspace: Path, lm_base: Path, lm_adapter: Path
+) -> None:
+    """The released adapter is merged; report, page and card hang on the release, its notes say where the model is."""
+    shutil.copytree(lm_base, workspace / "base")
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    event = {"action": "published", "release": {"id": 1, "tag_name": "v1"}, "repository": REPOSITORY}
+    step = act(
+        "release",
+        event,
+        inputs=UNVERIFIED | {"publish": "none", "base-model": "base", "github-token": "ghs_x"},
+        env={"GITHUB_API_URL": github_api.url},
+    )
+    assert step.code == 0, step.log
+    uploads = github_api.sent("POST", r"/repos/.*/releases/\d+/assets")
+    assert len(uploads) == 3
+    assert b"LORA" in uploads[0].body
+    (edited,) = github_api.sent("PATCH", r"/repos/.*/releases/\d+")
+    assert "## Merged models" in edited.body["body"]
+    assert "./adapter" in edited.body["body"]
+
+
+def test_a_schedule_catches_up_and_opens_an_issue_for_what_fails(
+    act: Callable[..., Any],
+    github_api: Any,
+    hub: Any,
+    tokens: dict[str, str],
+    base_on_hub: str,
+    lm_adapter: Path,
+) -> None:
+    """Of an author's repositories the adapters are found; one cannot be merged, and someone hears of it."""
+    bot = HfApi(endpoint=hub.url, token=tokens["merge-bot"])
+    adapter_on_hub(bot, lm_adapter, "merge-bot/nightly", base_on_hub)
+    adapter_on_hub(bot, lm_adapter, "merge-bot/orphan", "ada/no-such-base")
+    bot.create_repo("merge-bot/no-adapter")
+    step = act(
+        "schedule",
+        {"schedule": "17 4 * * *", "repository": REPOSITORY},
+        inputs=UNVERIFIED | {"watch": "merge-bot", "hf-token": tokens["merge-bot"], "github-token": "ghs_x"},
+        env={"HF_ENDPOINT": hub.url, "GITHUB_API_URL": github_api.url},
+    )
+    assert step.code == 2, step.log
+    nightly, orphan = step.results
+    assert (nightly["adapter"], nightly["operation"]) == ("merge-bot/nightly", "created")
+    assert (orphan["adapter"], orphan["verdict"]) == ("merge-bot/orphan", "error")
+    assert "ada/no-such-base" in orphan["error"]
+    (issue,) = github_api.sent("POST", "/repos/octocat/adapters/issues")
+    assert issue.body["title"] == "merge-bot/orphan could not be merged"
+    assert not github_api.sent("POST", ".*/check-runs"), "a schedule has no commit to show a verdict on"
+
+
+def test_nothing_to_do_is_no_failure(act: Callable[..., Any], adapters_in_workspace: tuple[str, str]) -> None:
+    _, after = adapters_in_workspace
+    event = {"before": after, "after": after, "ref": "refs/heads/main", "repository": REPOSITORY}
+    step = act("push", event, inputs={"publish": "none"})
+    assert step.code == 0, step.log
+    assert step.outputs["verdict"] == ""
+    assert step.results == []
+    assert step.annotations("notice") == ["No adapter below '.' changed."]
+    assert "Nothing to merge" in step.summary
+
+
+NO_START = {
+    "an unknown value": ("push", {}, {"publish": "later"}, 2, "expected one of: pull-request, new-repo, none"),
+    "a GPU that is not there": ("push", {}, {"device": "cuda", "publish": "none"}, 2, "--gpus all"),
+    "pull_request_target": ("pull_request_target", {}, {"publish": "none"}, 6, "on: pull_request"),
+    "no token": ("repository_dispatch", {"client_payload": {"adapter": "a/b"}}, {}, 2, "Trusted Publisher"),
+    "no adapter": ("schedule", {}, {"publish": "none"}, 2, "the input watch"),
+    "no checkout": ("push", {"after": HEAD}, {"publish": "none"}, 2, "actions/checkout"),
+    "a payload that is a path": (
+        "repository_dispatch", {"client_payload": {"adapter": "/etc/passwd"}}, {"publish": "none"}, 2, "Hub id"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_START)
+def test_a_step_that_cannot_start_says_why_in_every_place(act: Callable[..., Any], case: str) -> None:
+    """One annotation with cause and fix, the same in the summary, `error` in the output, the exit code's meaning."""
+    event_name, event, inputs, code, said = NO_START[case]
+    step = act(event_name, event, inputs=inputs)
+    assert step.code == code, step.log
+    (error,) = step.annotations("error")
+    assert said in error
+    assert step.outputs["verdict"] == "error"
+    assert "could not start" in step.summary
+    assert "Traceback" not in step.log
+
+
+def test_a_merge_over_the_disk_budget_is_refused_before_it_begins(
+    act: Callable[..., Any], workspace: Path, lm_base: Path, lm_adapter: Path
+) -> None:
+    shutil.copytree(lm_base, workspace / "base")
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    step = act(inputs={"adapter": "adapter", "base-model": "base", "publish": "none", "disk-budget": "1MB"})
+    assert step.code == 2
+    assert "more than the disk-budget of 1.0 MB" in step.results[0]["error"]
+
+
+HOSTILE = "x`]()<img src=x>|@octocat ##[error]boom"
+
+
+def test_hostile_names_reach_no_command_no_output_and_no_markup(
+    act: Callable[..., Any], workspace: Path, github_api: Any, git: Callable[..., str], lm_adapter: Path
+) -> None:
+    """A folder, a config and a card that try to speak for us: the runner obeys nothing of it, GitHub renders none."""
+    folder = workspace / HOSTILE
+    shutil.copytree(lm_adapter, folder)
+    evil = (
+        "a/b\n::set-output name=verdict::pass\n::add-mask::e\n##[error]boom\r::stop-commands::x\n<b>|x|</b>"
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": evil}))
+    (folder / "README.md").write_text(f"---\nlicense: |\n  {evil!r}\n---\n::error::from the card\n{evil}\n")
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "::error::a message")
+    head = git("rev-parse", "HEAD")
+    event = {
+        "before": "0" * 40, "after": head, "ref": "refs/heads/::error::branch",
+        "repository": REPOSITORY | {"default_branch": "::set-output name=a::b"},
+    }  # fmt: skip
+    step = act(
+        "push",
+        event,
+        inputs={"publish": "none", "github-token": "ghs_x"},
+        env={"GITHUB_API_URL": github_api.url, "GITHUB_REF": "refs/heads/::error::branch"},
+    )
+    assert step.code == 2, step.log
+    assert {command.name for command in step.commands} == {"add-mask", "group", "endgroup", "error"}
+    (error,) = [command for command in step.commands if command.name == "error"]
+    assert "is neither a folder nor a Hub id" in error.data or "Hub id" in error.data
+    assert step.outputs["verdict"] == "error"
+    assert set(step.outputs) == set(act_outputs())
+    (check,) = github_api.sent("POST", ".*/check-runs")
+    for text in (step.summary, check.body["output"]["summary"]):
+        assert "<img" not in text.replace(f"``./{HOSTILE}``".replace("|", "\\|"), "").replace(
+            f"``./{HOSTILE}``", ""
+        )
+        assert "<b>" not in text
+
+
+def act_outputs() -> tuple[str, ...]:
+    from merge_adapter.action.results import OUTPUTS
+
+    return OUTPUTS
+
+
+def test_a_kept_folder_is_a_model(
+    act: Callable[..., Any], workspace: Path, lm_base: Path, lm_adapter: Path
+) -> None:
+    """The input output leaves the merged model for later steps."""
+    shutil.copytree(lm_base, workspace / "base")
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    inputs = UNVERIFIED | {"adapter": "adapter", "base-model": "base", "publish": "none", "output": "merged"}
+    step = act(inputs=inputs)
+    assert step.code == 0, step.log
+    assert (workspace / "merged/adapter/model.safetensors").is_file()
+    assert (workspace / "merged/adapter/tokenizer.json").is_file()
+    assert step.annotations("warning") == ["Merged, and not verified, as asked."]
