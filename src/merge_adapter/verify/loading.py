@@ -193,7 +193,9 @@ def load_model(
 
     auto = getattr(transformers, AUTO_CLASS[kind])
     changes = dict(config_changes or {})
-    with _recorded() as said:
+    # heads made anew come from torch's generator: a fixed seed makes the base arm the same in every run
+    with _recorded() as said, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         try:
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True

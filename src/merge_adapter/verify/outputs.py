@@ -275,7 +275,7 @@ def judge_outputs(
     )
     part.findings += _rule(found, kind)
     part.evidence = {
-        "kind": kind,
+        "kind": str(kind),
         "metric": metric(kind),
         "documents": len(batch),
         "documents_merged": count,
