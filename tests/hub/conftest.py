@@ -34,6 +34,15 @@ class Merged:
     report: dict[str, Any]
     verification: Verification
 
+    def rewrite(self, path: str, content: bytes) -> None:
+        """Replace or add a file, in the folder and in its report."""
+        (self.folder / path).write_bytes(content)
+        files = self.report["output"]["files"]
+        files[:] = [file for file in files if file["path"] != path]
+        digest = hashlib.sha256(content).hexdigest()
+        files.append({"path": path, "bytes": len(content), "sha256": digest, "origin": "written"})
+        document.write(self.report, self.folder)
+
     def judged(self, verdict: Verdict, *reasons: str) -> Merged:
         """The same folder with another verdict in its report."""
         verification = Verification(verdict, reasons or ("because",))

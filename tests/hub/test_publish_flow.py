@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 
-from merge_adapter.errors import InputError, PolicyError
+from merge_adapter.errors import HubError, InputError, PolicyError
 from merge_adapter.hub import Hub, PullRequests
 from merge_adapter.publish import PublishSettings, find_published, prepare_folder, publish
 from merge_adapter.publish.identity import find_marker
@@ -141,20 +141,8 @@ def test_a_new_adapter_commit_updates_the_open_pull_request(world, sources) -> N
     """Same number, new files; what the new merge no longer has goes away."""
     adapter, base = sources
     merged = world.merged(adapter, base)
-    extra = merged.folder / "NOTICE"
-    extra.write_bytes(b"from the first merge")
-    merged.report["output"]["files"].append(
-        {
-            "path": "NOTICE",
-            "bytes": 20,
-            "sha256": "6c06b4ba5a3ea1d26a3a2fbc4b3b0a3ac8b1e9f1c2ad9d5f6f5d3f4f6b7c8d9e",
-            "origin": "written",
-        }
-    )
-    import hashlib
-
-    merged.report["output"]["files"][-1]["sha256"] = hashlib.sha256(extra.read_bytes()).hexdigest()
-    first = put(world, merged.judged(Verdict.PASS))
+    merged.rewrite("NOTICE", b"from the first merge")
+    first = put(world, merged)
     world.repository(adapter, {"new": b"commit"})
     second = put(world, world.merged(adapter, base, seed=1))
     assert (second.number, second.operation) == (first.number, Operation.UPDATED)
@@ -341,6 +329,15 @@ def test_licences_of_the_sources_are_compared(world) -> None:
     assert "gemma" in PullRequests(world.hub("ann"), done.repo).get(1).description
 
 
+def test_metadata_that_the_hub_refuses_is_told_in_its_words(world, sources) -> None:
+    """A card with a broken licence field, for example; no pull request becomes ready."""
+    merged = world.merged(*sources)
+    merged.rewrite("README.md", b"---\nlicense: [1, {}]\nbase_model: 3\n---\n")
+    with pytest.raises(HubError, match="metadata"):
+        put(world, merged)
+    assert [status for _, status, _ in world.pulls(f"{sources[0]}-merged")] == ["draft"]
+
+
 def test_a_foreign_pull_request_with_our_marker_is_not_continued(world, sources) -> None:
     """Anybody can copy a marker; only the account's own pull requests are believed."""
     adapter, base = sources
@@ -431,3 +428,26 @@ def test_nothing_to_publish_is_asked_for(world, sources) -> None:
         )
         is None
     )
+
+
+def test_nothing_published_holds_a_token(world, sources, tokens) -> None:
+    """Files, title, description and commits."""
+    done = put(world, world.merged(*sources))
+    api = world.api("ann")
+    details = api.get_discussion_details(done.repo, 1)
+    texts = [json.dumps([event._event for event in details.events], default=str)]
+    texts += [
+        commit.title + commit.message for commit in api.list_repo_commits(done.repo, revision="refs/pr/1")
+    ]
+    opened = world.hub("ann").open(done.repo, revision="refs/pr/1")
+    texts += [opened.read(path).decode("latin-1") for path in opened.files]
+    assert all(tokens["ann"] not in text for text in texts)
+
+
+def test_a_stored_login_is_used(world, sources, tokens, tmp_path: Path, monkeypatch) -> None:
+    """What `hf auth login` leaves."""
+    (tmp_path / "token").write_text(tokens["ann"])
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    hub = Hub(world.url)
+    assert hub.user == "ann"
+    assert put(world, world.merged(*sources), hub=hub).operation is Operation.CREATED

@@ -101,20 +101,6 @@ def test_no_output_of_a_failure_holds_a_token(
     assert tokens["ann"] not in done.stderr
 
 
-def test_nothing_published_holds_a_token(world, shared_base: str, tokens, tmp_path: Path) -> None:
-    """Files, title, description and comments, and the report on stdout."""
-    adapter = world.adapter()
-    merged = world.merged(adapter, shared_base)
-    done = run(merged.folder, environment(world.url, tmp_path / "home", HF_TOKEN=tokens["ann"]))
-    assert done.returncode == ExitCode.DONE, done.stderr
-    assert tokens["ann"] not in done.stdout + done.stderr
-    api = world.api("ann")
-    details = api.get_discussion_details(f"{adapter}-merged", 1)
-    assert tokens["ann"] not in json.dumps([event._event for event in details.events], default=str)
-    for commit in api.list_repo_commits(f"{adapter}-merged", revision="refs/pr/1"):
-        assert tokens["ann"] not in commit.title + commit.message
-
-
 def test_without_any_token_the_message_says_how_to_get_one(world, shared_base: str, tmp_path: Path) -> None:
     """Reading public sources works; writing needs somebody."""
     merged = world.merged(world.adapter(), shared_base)
@@ -122,16 +108,6 @@ def test_without_any_token_the_message_says_how_to_get_one(world, shared_base: s
     assert done.returncode == ExitCode.REMOTE
     assert "HF_TOKEN is not set" in done.stderr
     assert "hf auth login" in done.stderr
-
-
-def test_a_stored_login_is_used(world, shared_base: str, tokens, tmp_path: Path) -> None:
-    """What `hf auth login` leaves."""
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "token").write_text(tokens["ann"])
-    merged = world.merged(world.adapter(), shared_base)
-    done = run(merged.folder, environment(world.url, home))
-    assert done.returncode == ExitCode.DONE, done.stderr
 
 
 class Runner:

@@ -50,8 +50,8 @@ class Hub:
         with self.calling(f"look for {repo_id}", repo_id=repo_id):
             return repeat(lambda: self.api.repo_exists(repo_id), self.patience)
 
-    def create(self, repo_id: str, *, private: bool) -> None:
-        """Make a model repository; one that is there already stays as it is."""
+    def create(self, repo_id: str, *, private: bool | None) -> None:
+        """Make a model repository; one that is there already stays as it is. None: as its owner has it by default."""
         with self.calling(f"create the repository {repo_id}", repo_id=repo_id):
             repeat(lambda: self.api.create_repo(repo_id, private=private, exist_ok=True), self.patience)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx2
 from huggingface_hub.errors import (
@@ -69,7 +69,7 @@ class Call:
     doing: str
     """A verb phrase: "read config.json of owner/name"."""
     endpoint: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     repo_id: str | None = None
     revision: str | None = None
     path: str | None = None
@@ -94,8 +94,8 @@ def translated(call: Call) -> Iterator[None]:
 
 def translate(error: BaseException, call: Call) -> MergeAdapterError:
     """Our error for `error` of the client, as far as it can be told what it means."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the client hides why it could not look
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
+        error = error.__cause__  # the client says that it failed; why is behind it
     if isinstance(error, GatedRepoError):
         return _gated(call)
     if isinstance(error, (RevisionNotFoundError, RepositoryNotFoundError, EntryNotFoundError)):
@@ -250,6 +250,10 @@ def _unreachable(error: BaseException, call: Call) -> MergeAdapterError:
             f"cannot {call.doing}: {call.endpoint} does not answer as a Hub: {_text(error, call)}",
             hint="Check HF_ENDPOINT, and proxies that remove headers.",
         )
+    if "HTTP status client error" in str(error):
+        return _xet_refused(error, call)
+    if not isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL, OSError)):
+        return HubError(f"cannot {call.doing}: {_text(error, call)}", hint=AGAIN)
     kind = (
         "did not answer in time" if isinstance(error, (httpx2.TimeoutException, TimeoutError)) else "failed"
     )
@@ -257,6 +261,22 @@ def _unreachable(error: BaseException, call: Call) -> MergeAdapterError:
         f"cannot {call.doing}: the connection to {call.endpoint} {kind}: {_text(error, call)}",
         hint="Check the network and HF_ENDPOINT, then run the same command again: it continues where it stopped.",
     )
+
+
+def _xet_refused(error: BaseException, call: Call) -> MergeAdapterError:
+    """hf_xet speaks HTTP by itself and tells the status in its text alone."""
+    text = _text(error, call)
+    if "(401 " in text:
+        return HubError(
+            f"cannot {call.doing}: the Hub does not accept {token_situation(call.token)} any more: {text}",
+            hint=f"It may have expired. With a new one ({call.endpoint}/settings/tokens) the upload continues.",
+        )
+    if "(404 " in text and "/xet-" in text:
+        return HubError(
+            f"cannot {call.doing}: {call.endpoint} does not offer xet storage: {text}",
+            hint="Set HF_HUB_DISABLE_XET=1, so that the older LFS protocol is used.",
+        )
+    return HubError(f"cannot {call.doing}: the storage behind {call.endpoint} refused: {text}", hint=AGAIN)
 
 
 def _server_text(error: HfHubHTTPError, call: Call) -> str:

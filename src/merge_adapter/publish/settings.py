@@ -50,8 +50,8 @@ class Target:
     repo_id: str
     path_in_repo: str
     """Folder inside the repository, "" for its root."""
-    private: bool
-    """Whether the repository is made private when it has to be created."""
+    private: bool | None
+    """Whether the repository is made private when it has to be created; None: as its owner has it by default."""
     least: Openness
     """The repository must be at least this closed."""
 

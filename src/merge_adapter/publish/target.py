@@ -97,7 +97,7 @@ def _decide(
     target = Target(
         repo_id=repo_id,
         path_in_repo=_folder(repo_id, [source for source, _ in adapters], publishing),
-        private=bool(publishing.private) or least > Openness.PUBLIC,
+        private=True if least > Openness.PUBLIC else publishing.private,
         least=least,
     )
     if least > Openness.PUBLIC:
