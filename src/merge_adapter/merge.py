@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from merge_adapter.checkpoint.layout import find_layout
+from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import index_text
-from merge_adapter.checkpoint.reader import StoredWeights
 from merge_adapter.checkpoint.writer import storage_errors
 from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.plan import MergePlan
@@ -51,9 +50,7 @@ def merge(
     """
     began = time.monotonic()
     with ExitStack() as stack:
-        base = stack.enter_context(
-            StoredWeights(sources.base.repository, find_layout(sources.base.repository))
-        )
+        base = stack.enter_context(read_base(sources.base, settings).open())
         adapters = [stack.enter_context(read_adapter(adapter).open()) for adapter in sources.adapters]
         task = stack.enter_context(progress.task("merge", plan.bytes_written))
         work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_adapter.accounting import account
-from merge_adapter.checkpoint.layout import find_layout
+from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
 from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
@@ -93,16 +93,18 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     Raises AccountingError, ShapeError, MethodError or BaseModelError when the merge cannot be done rightly,
     MalformedError and NotFoundError for files that are not what they should be.
     """
-    layout = find_layout(sources.base.repository)
-    base = layout.specs
+    files_of_base = read_base(sources.base, settings)
+    layout, base = files_of_base.layout, files_of_base.specs
     files = [read_adapter(adapter) for adapter in sources.adapters]
     planned: list[Planned] = []
-    notes: list[str] = []
+    notes = list(files_of_base.notes)
+    config_changes = dict(files_of_base.config_changes)
     consumed = 0
     for file in files:
         adapter, about_config = check_config(file.adapter)
         made = plan_adapter(sources, settings, adapter, file.specs, base)
         notes.extend((*file.notes, *about_config, *made.notes))
+        config_changes.update(made.config_changes)
         consumed += account(file.specs, made.changes)
         planned.append(made)
     steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
@@ -130,7 +132,7 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         disk_bytes=total,
         index=INDEX if layout.index else None,
         index_metadata=layout.index_metadata,
-        config_changes={key: value for made in planned for key, value in made.config_changes.items()},
+        config_changes=config_changes,
         notes=tuple(dict.fromkeys(notes)),
     )
 

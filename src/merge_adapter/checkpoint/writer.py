@@ -88,6 +88,9 @@ class ShardWriter:
         if self._hashed != self._size or self._waiting:
             raise AssertionError(f"{self._path.name}: {self._hashed} of {self._size} bytes were written")
         with storage_errors(self._path):
+            os.fsync(
+                self._descriptor
+            )  # a name must never be seen with holes behind it, even after a power cut
             os.close(self._descriptor)
             self._descriptor = -1
             self._temporary.rename(self._path)
@@ -137,6 +140,7 @@ def copy_file(source: Path, target: Path, *, advance: Callable[[int], None]) -> 
     try:
         with storage_errors(target), source.open("rb") as old, temporary.open("xb+") as new:
             digest = _copy(old.fileno(), new.fileno(), source, advance)
+            os.fsync(new.fileno())
         temporary.rename(target)
     except BaseException:
         with suppress(OSError):

@@ -1,0 +1,63 @@
+"""The base checkpoint as a merge sees it: which tensors it has, and how to open them.
+
+Headers only until it is opened. A base stored quantised is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from merge_adapter.checkpoint.layout import Layout, find_layout
+from merge_adapter.errors import BaseModelError
+from merge_adapter.methods.change import TensorSpec, Weights
+from merge_adapter.types import BaseModel, MergeSettings
+
+if TYPE_CHECKING:
+    from merge_adapter.checkpoint.reader import StoredWeights
+
+
+class OpenWeights(Weights, AbstractContextManager[Any], Protocol):
+    """Weights that hold files open until the context ends."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base checkpoint, not yet opened."""
+
+    layout: Layout
+    specs: Mapping[str, TensorSpec]
+    """Every tensor the merge sees, in the order of the files; of a dequantised base the dequantised ones."""
+    open: Callable[[], OpenWeights] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Edits of config.json that come with the way the base is read; None removes a key."""
+
+
+def read_base(base: BaseModel, settings: MergeSettings) -> BaseFiles:  # noqa: ARG001 - see quantised bases
+    """Read the headers of a base. Raises BaseModelError for one that is stored quantised."""
+    quantization = base.config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
+        )
+        raise BaseModelError(
+            f"The base {base.repository.origin} is stored quantised ({method}); a merge into it would round the"
+            " update away.",
+            hint="Name the 16-bit original with --base-model.",
+        )
+    layout = find_layout(base.repository)
+
+    def open_stored() -> StoredWeights:
+        from merge_adapter.checkpoint.reader import StoredWeights  # imports torch
+
+        return StoredWeights(base.repository, layout)
+
+    return BaseFiles(layout, layout.specs, open_stored)
