@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from merge_adapter.packaging.tokenizer import template_beside
 from merge_adapter.types import Resolved
 from merge_adapter.verify.findings import Finding, fault, warning
 
@@ -115,18 +116,21 @@ def tokenizer_folder(sources: Resolved, stack: ExitStack) -> Path | None:
     """A local folder with the tokenizer the merged model must have; None when there is none.
 
     AutoTokenizer asks a model's config which class to use when the tokenizer's own files do not say: an adapter's files
-    are joined with the base's config for that, in a folder that lives as long as `stack`.
+    are joined with the base's config for that, in a folder that lives as long as `stack`. A chat template that only
+    the other repository has is joined too.
     """
     repository = sources.tokenizer
     if repository is None:
         return None
     names = [name for name in repository.files if _is_tokenizer_file(name)]
     place = repository.folder(names)
-    if (place / "config.json").exists():
+    template = template_beside(sources)
+    if (place / "config.json").exists() and not template:
         return place
     joined = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-tokenizer-")))
-    for name in names:
-        (joined / name).write_bytes((place / name).read_bytes())
+    for name, content in [*((name, (place / name).read_bytes()) for name in names), *template.items()]:
+        (joined / name).parent.mkdir(parents=True, exist_ok=True)
+        (joined / name).write_bytes(content)
     (joined / "config.json").write_bytes(sources.base.repository.read("config.json"))
     return joined
 
