@@ -4,15 +4,15 @@
 make up one parameter, and converts them (stack experts, split a fused projection, permute for RoPE).
 `converted_names` runs the same rules on meta tensors and keeps the result as groups: the disk tensors and
 the parameters that turn into each other only together. Back to disk goes `revert_weight_conversion`, one
-group at a time; base-model prefixes, which it does not restore, are restored from the forward map. Every group is
-tried there and back on shapes when the map is made; a group that fails answers no question.
+group at a time; base-model prefixes, which it does not restore, are restored from the forward map. A group is
+tried there and back on shapes before it is first given out; one that fails answers no question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,14 +58,16 @@ class ConvertedNames:
     """The model on the meta device, the conversions that this checkpoint uses attached to it."""
     renamed: Mapping[str, str] = field(repr=False)
     """Parameter -> the one disk tensor that it is, value for value."""
-    groups: Mapping[str, ConvertedGroup] = field(repr=False)
-    """Parameter -> its group."""
+    groups: dict[str, ConvertedGroup] = field(repr=False)
+    """Parameter -> its group, tried or not; ask `group`."""
     shared: Mapping[str, tuple[str, ...]] = field(repr=False)
     """Parameter -> the others of the same storage."""
     unused: tuple[str, ...]
     """Tensors on disk that no parameter takes."""
-    failures: Mapping[str, str]
-    """Parameter -> why its conversion cannot be undone."""
+    failures: dict[str, str]
+    """Parameter -> why its conversion cannot be undone, as far as has been tried."""
+    tried: set[str] = field(default_factory=set, repr=False)
+    """First parameters of the groups that were tried."""
 
     @property
     def architecture(self) -> str | None:
@@ -79,8 +81,9 @@ class ConvertedNames:
 
     def group(self, parameter: str) -> Group | None:
         for name in (parameter, *self.shared.get(parameter, ())):
-            if name in self.groups:
-                return self.groups[name]
+            group = self.groups.get(name)
+            if group is not None and self._works(group):
+                return group
         return None
 
     def tied(self, parameter: str) -> tuple[str, ...]:
@@ -116,6 +119,15 @@ class ConvertedNames:
         for name, module in self.model.named_modules():
             if next(iter(module.parameters(recurse=False)), None) is not None:
                 yield name
+
+    def _works(self, group: ConvertedGroup) -> bool:
+        """Try a group there and back on meta tensors, once."""
+        if group.first not in self.tried:
+            self.tried.add(group.first)
+            made = _try_group(group, self.model.state_dict())
+            if isinstance(made, str):
+                self.failures.update((spec.name, made) for spec in group.parameters)
+        return group.first not in self.failures
 
     def module(self, path: str) -> torch.nn.Module | None:
         """The module on the meta device."""
@@ -165,7 +177,10 @@ def converted_names(model: Any, tensors: Mapping[str, TensorSpec]) -> ConvertedN
             failures[first] = f"{first} is made from several tensors: {', '.join(list(sources)[:4])}"
         else:
             specs = tuple(tensors[name] for name in sources)
-            made = _try_group(model, state, first, by_pattern[patterns[0]], specs, patterns)
+            whole = TensorSpec(first, specs[0].dtype, tuple(state[first].shape))
+            group = ConvertedGroup(model, (whole,), specs, first, by_pattern[patterns[0]], patterns)
+            # One conversion into several parameters tells their names only when it is run.
+            made = _try_group(group, state) if len(group.converter.target_patterns) > 1 else group
             if isinstance(made, str):
                 failures[first] = made
             else:
@@ -173,26 +188,18 @@ def converted_names(model: Any, tensors: Mapping[str, TensorSpec]) -> ConvertedN
     return ConvertedNames(model, renamed, groups, _shared(model), tuple(unused), failures)
 
 
-def _try_group(
-    model: Any,
-    state: Tensors,
-    first: str,
-    converter: Any,
-    specs: tuple[TensorSpec, ...],
-    patterns: tuple[str, ...],
-) -> ConvertedGroup | str:
-    """The group, tried there and back on meta tensors; or why it cannot be used."""
-    group = ConvertedGroup(model, (), specs, first, converter, patterns)
+def _try_group(group: ConvertedGroup, state: Tensors) -> ConvertedGroup | str:
+    """The group with the parameters it makes, after meta tensors went there and back; or why it cannot be used."""
     try:
-        made = group.load({spec.name: torch.empty(spec.shape, device="meta") for spec in specs})
+        made = group.load({spec.name: torch.empty(spec.shape, device="meta") for spec in group.tensors})
         _check_shapes(made, {name: tuple(state[name].shape) for name in made})
-        _check_shapes(group.revert(made), {spec.name: spec.shape for spec in specs})
+        _check_shapes(group.revert(made), {spec.name: spec.shape for spec in group.tensors})
     except Exception as error:  # noqa: BLE001 - any operation of transformers may fail; the plan then says why
-        return f"{first} does not convert there and back: {type(error).__name__}: {error}"
+        return f"{group.first} does not convert there and back: {type(error).__name__}: {error}"
     parameters = tuple(
-        TensorSpec(name, specs[0].dtype, tuple(value.shape)) for name, value in sorted(made.items())
+        TensorSpec(name, group.tensors[0].dtype, tuple(value.shape)) for name, value in sorted(made.items())
     )
-    return ConvertedGroup(model, parameters, specs, first, converter, patterns)
+    return replace(group, parameters=parameters)
 
 
 def _names_on_disk(model: Any, made: Iterable[str], expected: list[str]) -> dict[str, str]:
