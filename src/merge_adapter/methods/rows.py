@@ -102,7 +102,10 @@ class RowRun:
             if len(self.kernels) > 1:
                 torch.sub(merged, block, out=update)
             rounded = scratch.take("rounded", block.shape[0], block.shape[1], dtype)
-            rounded.copy_(merged)
+            if dtype == torch.float64:  # float32 holds the update, not a double base
+                rounded.copy_(self._stored(row, block.shape[0])).add_(update)
+            else:
+                rounded.copy_(merged)
             emit(row, rounded)
             back = merged if dtype == torch.float32 else scratch.take("back", *block.shape).copy_(rounded)
             self.retained.add(row, *kept_and_asked(block, back, update))
@@ -113,8 +116,11 @@ class RowRun:
         step = block_rows(self._spec.shape)
         for row in range(start, stop, step):
             check()
-            stored = as_rows(self._source.read_rows(self._spec.name, row, min(row + step, stop)))
+            stored = self._stored(row, min(step, stop - row))
             yield row, scratch.take("block", *stored.shape).copy_(stored)
+
+    def _stored(self, row: int, count: int) -> Tensor:
+        return as_rows(self._source.read_rows(self._spec.name, row, row + count))
 
     def _apply(self, kernel: RowKernel, block: Tensor, row: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
         role = "merged a" if block.data_ptr() != scratch.take("merged a", 1, 1).data_ptr() else "merged b"
