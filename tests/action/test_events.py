@@ -110,6 +110,43 @@ def test_a_dispatch_names_an_adapter_and_its_commit() -> None:
     assert trigger("repository_dispatch", event).wanted == Named((f"acme/adapter@{HEAD}",), hub_only=True)
 
 
+def test_the_bots_dispatch_carries_its_options() -> None:
+    """The shape that the bot's GitHub runner sends."""
+    payload = {
+        "job": "5f2c.0",
+        "adapter": "acme/adapter",
+        "revision": HEAD,
+        "subfolder": "checkpoint-10",
+        "options": {"dtype": "bfloat16", "base_model": "acme/base", "private": True, "license": None},
+    }
+    wanted = trigger("repository_dispatch", {"client_payload": payload}).wanted
+    assert isinstance(wanted, Named)
+    assert dict(wanted.inputs) == {
+        "base-model": "acme/base",
+        "dtype": "bfloat16",
+        "private": "true",
+        "subfolder": "checkpoint-10",
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trust_remote_code": True},
+        {"hf-token": "hf_x"},
+        {"verify": False},
+        {"publish": "none"},
+        {"allow_base": "*/*"},
+        {"output": "/etc"},
+        {"base_model": "/models/base"},
+        {"dtype": ["float32"]},
+    ],
+)
+def test_a_dispatch_cannot_widen_trust(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="the event"):
+        trigger("repository_dispatch", {"client_payload": {"adapter": "acme/x", "options": options}})
+
+
 @pytest.mark.parametrize(
     "payload",
     [

@@ -9,7 +9,7 @@ import pytest
 
 from merge_adapter.action.inputs import NAMES, SECRETS, Inputs, read_inputs, take_secrets
 from merge_adapter.errors import InputError
-from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase
+from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase, Strategy
 
 
 def env(**given: str) -> dict[str, str]:
@@ -45,6 +45,7 @@ def test_every_input_is_understood() -> None:
             allow_base="acme/*\nmeta-llama/Llama-3.2-1B",
             dtype="bfloat16",
             device="cuda:1",
+            strategy="stream",
             quantized_base="original",
             trust_remote_code="true",
             probe_tokens="64",
@@ -68,6 +69,7 @@ def test_every_input_is_understood() -> None:
         allow_base=("acme/*", "meta-llama/Llama-3.2-1B"),
         dtype=DType.BFLOAT16,
         device="cuda:1",
+        strategy=Strategy.STREAM,
         quantized_base=QuantizedBase.ORIGINAL,
         trust_remote_code=True,
         probe_tokens=64,
@@ -130,3 +132,8 @@ def test_tokens_leave_the_environment_and_are_never_shown() -> None:
     assert (secrets.hf_token, secrets.github_token) == ("hf_x", "ghs_y")
     assert environment == {"PATH": "/bin"}
     assert "hf_x" not in repr(secrets)
+
+
+def test_an_event_can_set_inputs_in_place_of_the_workflow() -> None:
+    inputs = read_inputs(env(dtype="auto", base_model="acme/base"), instead=[("dtype", "float32")])
+    assert (inputs.dtype, inputs.base_model) == (DType.FLOAT32, "acme/base")

@@ -17,6 +17,21 @@ from merge_adapter.errors import InputError, PolicyError
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}")
+_OPTIONS = frozenset(
+    {
+        "base-model",
+        "base-revision",
+        "dtype",
+        "license",
+        "path-in-repo",
+        "private",
+        "quantized-base",
+        "strategy",
+        "subfolder",
+        "target-repo",
+    }
+)
+"""Inputs that `client_payload` may set. Not those that widen trust, name files of the runner, or skip the gate."""
 _RELEASE_ACTIONS = frozenset({"published", "released", "prereleased"})
 """Not `edited`: writing the notes of a release makes such an event, and would start over for ever."""
 
@@ -28,6 +43,8 @@ class Named:
     adapters: tuple[str, ...] = ()
     hub_only: bool = False
     """They came in a payload: ids of the Hub, never folders of the workspace."""
+    inputs: tuple[tuple[str, str], ...] = ()
+    """Inputs that the payload sets, by their names in action.yml."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ def _repository_dispatch(event: Mapping[str, Any], runner: Runner) -> Trigger:  
     return Trigger(
         "repository_dispatch",
         Named(
-            (_reference(payload["adapter"], payload.get("revision") or payload.get("sha")),), hub_only=True
+            (_reference(payload["adapter"], payload.get("revision")),), hub_only=True, inputs=_inputs(payload)
         ),
     )
 
@@ -182,6 +199,26 @@ def _reference(adapter: object, revision: object) -> str:
             f"the event names {revision!r} as the revision of {adapter}, expected a branch or sha"
         )
     return f"{adapter}@{revision}"
+
+
+def _inputs(payload: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The inputs among `subfolder` and `options`; what decides about trust is the workflow's alone."""
+    options = payload.get("options")
+    given = {**(options if isinstance(options, dict) else {}), "subfolder": payload.get("subfolder")}
+    found = []
+    for key, value in sorted(given.items()):
+        name = str(key).replace("_", "-")
+        if value is None or value == "":
+            continue
+        if name not in _OPTIONS or not isinstance(value, str | bool | int):
+            raise InputError(
+                f"the event sets {name!r}, which is not for an event to set",
+                hint=f"client_payload.options may hold: {', '.join(sorted(_OPTIONS))}.",
+            )
+        if name == "base-model" and not _HUB_ID.fullmatch(str(value)):
+            raise InputError(f"the event names {value!r} as the base model, expected a Hub id, owner/name")
+        found.append((name, str(value).lower() if isinstance(value, bool) else str(value)))
+    return tuple(found)
 
 
 def _sha(value: object, field: str) -> str | None:

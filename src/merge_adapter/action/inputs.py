@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from merge_adapter.errors import InputError
-from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase
+from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase, Strategy
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -36,6 +36,7 @@ NAMES = (
     "allow-base",
     "dtype",
     "device",
+    "strategy",
     "quantized-base",
     "trust-remote-code",
     "verify",
@@ -75,6 +76,7 @@ class Inputs:
     allow_base: tuple[str, ...] = ()
     dtype: DType = DType.AUTO
     device: str = "auto"
+    strategy: Strategy = Strategy.AUTO
     quantized_base: QuantizedBase = QuantizedBase.REFUSE
     trust_remote_code: bool = False
     verify: bool = True
@@ -96,9 +98,14 @@ class Secrets:
         return "Secrets(…)"
 
 
-def read_inputs(environment: Mapping[str, str] | None = None) -> Inputs:
-    """The inputs without the tokens, which `take_secrets` reads. Raises InputError naming the first that is wrong."""
-    given = _given(os.environ if environment is None else environment)
+def read_inputs(
+    environment: Mapping[str, str] | None = None, *, instead: Iterable[tuple[str, str]] = ()
+) -> Inputs:
+    """The inputs without the tokens, which `take_secrets` reads. Raises InputError naming the first that is wrong.
+
+    `instead` are names and values that an event sets; they take the place of the workflow's.
+    """
+    given = _given(os.environ if environment is None else environment) | dict(instead)
     _check_names(given)
     inputs = Inputs(
         adapters=tuple(_lines(given, "adapter")),
@@ -116,6 +123,7 @@ def read_inputs(environment: Mapping[str, str] | None = None) -> Inputs:
         allow_base=_owners(given),
         dtype=_choice(given, "dtype", DType.AUTO),
         device=_device(given),
+        strategy=_choice(given, "strategy", Strategy.AUTO),
         quantized_base=_choice(given, "quantized-base", QuantizedBase.REFUSE),
         trust_remote_code=bool(_switch(given, "trust-remote-code", default=False)),
         verify=bool(_switch(given, "verify", default=True)),

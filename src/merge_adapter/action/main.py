@@ -17,7 +17,7 @@ from merge_adapter.action import keeping, results, summary
 from merge_adapter.action.candidates import Candidate, check_base, find_candidates
 from merge_adapter.action.changes import resolve_pointers
 from merge_adapter.action.commands import Level, Log, write_outputs
-from merge_adapter.action.events import Nothing, Trigger, read_trigger
+from merge_adapter.action.events import Named, Nothing, Trigger, read_trigger
 from merge_adapter.action.feedback import give_feedback
 from merge_adapter.action.inputs import Inputs, Secrets, read_inputs, take_secrets
 from merge_adapter.action.results import Failed, Finished, Result
@@ -102,14 +102,15 @@ def _prepare(runner: Runner, log: Log) -> _Step:
     trigger = read_trigger(runner)
     secrets = _no_secrets() if trigger.from_fork else take_secrets()
     log.hide((secrets.hf_token, secrets.github_token, os.environ.get("HF_TOKEN", "")))
-    inputs = read_inputs()
+    wanted = trigger.wanted
+    inputs = read_inputs(instead=wanted.inputs if isinstance(wanted, Named) else ())
     if trigger.from_fork:
         inputs = _for_fork(inputs, log)
     if runner.workspace.is_dir():
         os.chdir(runner.workspace)
     check_device(inputs.device)
     hub = _hub(secrets)
-    if inputs.publish is not PublishTo.NONE and not isinstance(trigger.wanted, Nothing):
+    if inputs.publish is not PublishTo.NONE and not isinstance(wanted, Nothing):
         _check_credentials(secrets)
     github = None
     if secrets.github_token and runner.repository:
@@ -298,6 +299,7 @@ def _request(inputs: Inputs, candidate: Candidate) -> MergeRequest:
     )
     settings = MergeSettings(
         dtype=inputs.dtype,
+        strategy=inputs.strategy,
         quantized_base=inputs.quantized_base,
         trust_remote_code=inputs.trust_remote_code,
     )
