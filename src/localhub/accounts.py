@@ -168,6 +168,3 @@ class Accounts:
         if row["expires"] is not None and row["expires"] <= time.time():
             raise InvalidCredentialsError
         return Identity(self.get(row["user"]), TokenRole(row["role"]), row["name"], row["resource"])
-
-    def revoke_token(self, token: str) -> None:
-        self._database.write("DELETE FROM tokens WHERE digest = ?", digest(token))

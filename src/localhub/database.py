@@ -124,13 +124,6 @@ class Database:
         with self.writing() as connection:
             return connection.execute(sql, parameters).rowcount
 
-    def close(self) -> None:
-        """Close this thread's connection."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
 
 def new_id() -> str:
     """24 hex digits, the form of the Hub's object ids."""

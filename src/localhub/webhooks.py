@@ -54,7 +54,6 @@ class Subject:
 
     repository: Repository
     base_url: str
-    actor: str
     discussion: Discussion | None = None
     comment: Event | None = None
     refs: tuple[tuple[str, str | None, str | None], ...] = ()

@@ -58,6 +58,52 @@ def test_xet_file_read_without_xet(client, alice, repo, tmp_path):
     assert client(code, HF_HUB_DISABLE_XET="1").strip() == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize("revision", ["main", "refs/pr/1"])
+def test_headers_are_read_by_ranges(hub, alice, bob, repo, revision):
+    """Safetensors metadata and slices without the rest, on main and on a pull request."""
+    import torch
+    from huggingface_hub import CommitOperationAdd, HfFileSystem
+    from safetensors.torch import save
+
+    content = save({"weight": torch.arange(6.0).reshape(2, 3)})
+    operations = [CommitOperationAdd("model.safetensors", content)]
+    if revision == "main":
+        alice.create_commit(repo, operations, commit_message="c")
+    else:
+        bob.create_commit(repo, operations, commit_message="c", create_pr=True)
+    found = alice.get_safetensors_metadata(repo, revision=revision)
+    assert found.files_metadata["model.safetensors"].tensors["weight"].shape == [2, 3]
+    system = HfFileSystem(endpoint=hub.url, token="hf_alice", skip_instance_cache=True)
+    with system.open(f"{repo}/model.safetensors", "rb", revision=revision) as file:
+        file.seek(-24, 2)
+        assert file.read() == content[-24:]
+
+
+@pytest.mark.parametrize("revision", ["main", "refs/pr/1"])
+def test_snapshots(client, alice, bob, repo, revision, tmp_path):
+    """A whole repository at once, large and small files, with and without xet."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [
+        CommitOperationAdd("w.safetensors", b"\x05w" * 70_000),
+        CommitOperationAdd("sub/c.json", b"{}"),
+    ]
+    bob.create_commit(repo, operations, commit_message="c", create_pr=True)
+    if revision == "main":
+        alice.merge_pull_request(repo, 1)
+    code = f"""
+from pathlib import Path
+from huggingface_hub import HfApi, snapshot_download
+folder = Path(snapshot_download({repo!r}, revision={revision!r}, cache_dir={str(tmp_path)!r} + "/" + {{name!r}}))
+assert (folder / "w.safetensors").read_bytes() == b"\\x05w" * 70_000
+assert (folder / "sub" / "c.json").read_bytes() == b"{{{{}}}}"
+print(folder.name)
+"""
+    sha = alice.model_info(repo, revision=revision).sha
+    assert client(code.format(name="xet")).strip() == sha
+    assert client(code.format(name="plain"), HF_HUB_DISABLE_XET="1").strip() == sha
+
+
 def test_chunks_are_stored_once(hub, client, alice, repo, tmp_path, monkeypatch):
     """A second file that shares nine tenths of its bytes adds about a tenth."""
     monkeypatch.chdir(tmp_path)

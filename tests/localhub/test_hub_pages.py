@@ -95,6 +95,11 @@ def test_private_pages_need_a_login(hub, alice):
         assert "private-page" not in browser.post("/logout").text
 
 
+def test_cookie_of_another_hub_is_ignored(hub):
+    """Browsers send cookies to every port of a host; a strange one must not lock a person out."""
+    assert _get(hub, "/", cookies={"localhub_token": "of another"}).status_code == 200
+
+
 def test_missing_pages(hub):
     """A page with the reason; control characters are refused outright."""
     assert _get(hub, "/alice/never-was").status_code == 401

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from localhub.accounts import Identity
-from localhub.errors import BadRequestError, LoginRequiredError, NotFoundError
+from localhub.errors import BadRequestError, InvalidCredentialsError, LoginRequiredError, NotFoundError
 from localhub.git import GitRepository
 from localhub.hub import Hub
 from localhub.repositories import Repository
@@ -48,9 +48,14 @@ class Context:
             InvalidCredentialsError: a token nobody has.
         """
         token = _token(self.request.headers.get("authorization", ""))
-        if not token and self.request.method in ("GET", "HEAD"):
-            token = self.request.cookies.get(COOKIE, "")
-        return self.hub.accounts.identify(token) if token else None
+        if token:
+            return self.hub.accounts.identify(token)
+        cookie = self.request.cookies.get(COOKIE) if self.request.method in ("GET", "HEAD") else None
+        try:
+            return self.hub.accounts.identify(cookie) if cookie else None
+        except InvalidCredentialsError:
+            # Browsers send cookies to every port of a host: this one may be of another Hub.
+            return None
 
     def login(self) -> Identity:
         """The identity, or 401."""
@@ -78,8 +83,7 @@ class Context:
 
     def subject(self, repository: Repository, **about: Any) -> Subject:
         """What to tell webhooks."""
-        actor = self.identity.name if self.identity else ""
-        return Subject(repository=repository, base_url=self.base_url, actor=actor, **about)
+        return Subject(repository=repository, base_url=self.base_url, **about)
 
 
 def _token(header: str) -> str:

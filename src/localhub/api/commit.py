@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from localhub import commits
-from localhub.accounts import Identity
+from localhub.accounts import Identity, TokenRole
 from localhub.api.access import Context, Ctx, JsonBody, RawBody, truthy
 from localhub.attributes import large_patterns, upload_mode
 from localhub.commits import CommitRequest
@@ -84,7 +84,7 @@ def uploadable(
         raise LoginRequiredError
     if ctx.hub.repositories.may_write(repository, identity):
         return repository
-    may_propose = identity.role.value in ("write", "oauth")
+    may_propose = identity.role in (TokenRole.WRITE, TokenRole.OAUTH)
     if create_pr and may_propose and not repository.discussions_disabled:
         return repository
     if revision.startswith("refs/pr/") and may_propose:

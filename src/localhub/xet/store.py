@@ -220,9 +220,3 @@ class XetStore:
                 for chunk in chunks:
                     file.seek(chunk.offset + xorbs.HEADER_BYTES)
                     yield xorbs.unpack(file.read(chunk.stored), chunk.scheme, chunk.length)
-
-    # ------------------------------------------------------------------------------------- statistics
-
-    def stored_bytes(self) -> int:
-        """Bytes of all xorbs on disk."""
-        return sum(path.stat().st_size for path in self._xorbs.glob("*/*"))
