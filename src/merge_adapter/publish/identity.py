@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_adapter.report.document import source_entry
+from merge_adapter.report.document import settings_entry, source_entry
 from merge_adapter.types import FileOrigin, MergeSettings, Resolved, Verdict
 
 _MARKER = re.compile(
@@ -79,12 +79,7 @@ def identity_of_sources(sources: Resolved, settings: MergeSettings, path_in_repo
     base = _source(source_entry(sources.base.repository.origin))
     if not all(source["revision"] for source in (*adapters, base)):
         return None
-    chosen = {
-        "strategy": settings.strategy.value,
-        "quantized_base": settings.quantized_base.value,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype.value,
-    }
+    chosen = {**settings_entry(settings), "dtype": settings.dtype.value}
     return _identity(adapters, base, chosen, [], path_in_repo)
 
 

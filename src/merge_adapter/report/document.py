@@ -49,6 +49,15 @@ def source_entry(origin: Origin) -> dict[str, Any]:
     return entry
 
 
+def settings_entry(settings: MergeSettings) -> dict[str, Any]:
+    """What the user chose, but for the dtype, which stands with the output. Publications are told apart by it."""
+    return {
+        "strategy": settings.strategy.value,
+        "quantized_base": settings.quantized_base.value,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
 def tool_entry() -> dict[str, str]:
     """Versions of this tool and of what decides its results."""
     return {
@@ -82,11 +91,7 @@ def build(
             "consumed": consumed,
         },
         "base": source_entry(sources.base.repository.origin),
-        "settings": {
-            "strategy": settings.strategy.value,
-            "quantized_base": settings.quantized_base.value,
-            "trust_remote_code": settings.trust_remote_code,
-        },
+        "settings": settings_entry(settings),
         "output": {
             "dtype": settings.dtype.value,
             "files": [asdict(file) for file in sorted(files, key=lambda file: file.path)],
