@@ -77,3 +77,18 @@ def test_unknown_config_keys_are_left_to_the_config_check(loha: Any) -> None:
     """Keys of other PEFT versions do not stop PEFT's layers from being built."""
     reconfigure(loha, megatron_core="megatron.core")
     assert loha.plan().consumed == 16
+
+
+def test_a_config_that_would_allocate_without_bound(loha: Any) -> None:
+    reconfigure(loha, r=10**9)
+    with pytest.raises(ShapeError, match="1000000000"):
+        loha.plan()
+
+
+def test_a_config_cannot_import_or_read_files(bench: Callable[..., Any]) -> None:
+    """Keys that make PEFT import a module by name or read a cache are of training and stay unused."""
+    from merge_adapter.types import Strategy
+
+    made = bench("LORA", r=4, target_modules=["q_proj"])
+    reconfigure(made, megatron_core="os", megatron_config={"x": 1})
+    assert made.plan(Strategy.MEMORY).consumed == 4

@@ -26,7 +26,7 @@ from merge_adapter.methods.change import (
 from merge_adapter.methods.edits import config_without_ties, place
 from merge_adapter.methods.ghost import ghostly
 from merge_adapter.methods.heads import head_changes
-from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign
+from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign, check_sizes
 from merge_adapter.methods.peft_run import MergeTogether, Output, Session, Source
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.replacements import replacement_edits
@@ -50,6 +50,7 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
     names = context.names
     if not isinstance(names, ConvertedNames):
         raise TypeError(f"expected ConvertedNames, got {type(names).__name__}")
+    check_sizes(context.config, context.tensors)
     adapted = adapt(ghostly(names.model), context.config)
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)
     if context.adapter.weight != 1.0:
@@ -61,7 +62,7 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
         adapted,
         context.tensors,
         set(names.model.state_dict()),
-        shapes_known=method.way_for(context.config) not in (Way.ALONE, Way.MEMORY),
+        shapes_known=method.peft_type != "ADAMSS",  # whose clusters have the sizes that the weight gives them
     )
     planner = _Planner(context, names, method, adapted, assigned, way)
     return planner.plan(reason)

@@ -19,6 +19,25 @@ from merge_adapter.methods.ghost import Watch
 ADAPTER = "default"
 """The adapter's name inside PEFT."""
 
+_TRAINING_ONLY: Mapping[str, Any] = {
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "megatron_config": None,
+}
+"""Config keys that only say how training began, with values that read no file and import no module.
+
+The factors come from the adapter's file; adapters that need a changed base are refused before this.
+"""
+_SIZES = (
+    "r", "init_r", "target_r", "mini_r", "hybrid_r", "u", "num_vectors", "vector_length", "theta_d_length",
+    "n_frequency", "block_size", "oft_block_size", "boft_block_size", "boft_block_num", "num_subspaces",
+    "subspace_rank", "depth", "group_size", "gralora_k",
+)  # fmt: skip
+"""Config keys that size what PEFT allocates."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -128,9 +147,13 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(str(config["peft_type"]).upper())]
     known = {entry.name for entry in dataclasses.fields(made) if entry.init}
     values = {key: value for key, value in config.items() if key in known and key != "peft_type"}
-    values |= {"inference_mode": True, "base_model_name_or_path": None, "revision": None}
-    if "auto_mapping" in values:
-        values["auto_mapping"] = None
+    values |= {
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+        "revision": None,
+        "auto_mapping": None,
+    }
+    values |= {key: value for key, value in _TRAINING_ONLY.items() if key in known}
     try:
         with quiet():
             return made(**values)
@@ -139,6 +162,18 @@ def parse_config(config: Mapping[str, Any]) -> Any:
             f"PEFT does not accept adapter_config.json: {error}",
             hint="Restore the config that PEFT saved with the adapter.",
         ) from error
+
+
+def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
+    """Raise ShapeError for a config that asks PEFT to allocate more than the adapter's file can fill."""
+    elements = sum(spec.elements for spec in tensors.values())
+    for key in _SIZES:
+        value = config.get(key)
+        if isinstance(value, int) and value > elements:
+            raise ShapeError(
+                f"adapter_config.json: {key} is {value}, the adapter's file holds {elements} numbers in all.",
+                hint="The config belongs to another adapter or was changed; restore it.",
+            )
 
 
 def assign(
