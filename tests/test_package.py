@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,7 +151,7 @@ def test_gate_agrees_on_a_template_from_the_other_repository(
     out.mkdir()
     merge(plan, sources, out, settings=settings, progress=Silent(), threads=1)
     run(sources, out, plan)
-    gate = VerifySettings()
+    gate = VerifySettings(probe_tokens=64, greedy_tokens=0, isolated=False)
     assert verify(out, sources, settings=gate, progress=Silent()).verdict is Verdict.PASS
     (out / "chat_template.jinja").unlink()
     rejected = verify(out, sources, settings=gate, progress=Silent())
@@ -351,6 +352,39 @@ def test_unknown_model_type_needs_trust(tmp_path: Path) -> None:
     packaged = run(sources, tmp_path / "trusted", trust_remote_code=True)
     assert [file.path for file in packaged.files] == ["config.json", "modeling.py"]
     assert json.loads((tmp_path / "trusted" / "config.json").read_text()) == config
+
+
+def test_modules_that_are_code_need_trust(tmp_path: Path) -> None:
+    """A SentenceTransformer with a module of its own cannot load without that code."""
+    modules = [
+        {"path": "", "type": "custom_st.Transformer"},
+        {"path": "1_P", "type": "sentence_transformers.models.P"},
+    ]
+    base = folder_with(tmp_path / "base", modules__json=modules)
+    (base / "custom_st.py").write_text("pass")
+    sources = bare_sources(folder_with(tmp_path / "adapter"), base, None)
+    with pytest.raises(PolicyError, match="custom_st"):
+        run(sources, tmp_path / "out")
+    packaged = run(sources, tmp_path / "trusted", trust_remote_code=True)
+    assert [file.path for file in packaged.files] == ["config.json", "custom_st.py", "modules.json"]
+
+
+class Huge(Folder):
+    """A folder that says its files are endless."""
+
+    @property
+    def files(self) -> Any:
+        return dict.fromkeys(super().files, 1 << 40)
+
+
+def test_files_beyond_reason_are_not_read(lm_base: Path, tmp_path: Path) -> None:
+    """Sizes are looked at before content: a hostile repository fills neither memory nor disk."""
+    sources = bare_sources(folder_with(tmp_path / "adapter", generation_config__json={}), lm_base, lm_base)
+    adapter = replace(sources.adapter, repository=Huge(tmp_path / "adapter"))
+    with pytest.raises(MalformedError, match=r"generation_config\.json .* has 1099511627776 bytes"):
+        run(replace(sources, adapters=(adapter,)), tmp_path / "out")
+    with pytest.raises(MalformedError, match="at most"):
+        run(replace(sources, tokenizer=Huge(lm_base), adapters=sources.adapters), tmp_path / "out2")
 
 
 def test_licences_of_both_come_along(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from merge_adapter.packaging.code import AUTO_MAP, copy_code, without_code
 from merge_adapter.packaging.configs import merged_config, repaired_generation_config, without_places
-from merge_adapter.packaging.reading import read_object
+from merge_adapter.packaging.reading import read_limited, read_object
 from merge_adapter.packaging.sentence import write_sentence_transformer
 from merge_adapter.packaging.tokenizer import source_of, write_processors, write_tokenizer
 from merge_adapter.packaging.writing import Writer
@@ -57,7 +57,7 @@ def package(sources: Resolved, plan: MergePlan, destination: Path, *, settings: 
     _write_generation_config(sources, writer)
     write_tokenizer(sources, writer, settings)
     write_processors(sources, writer, settings)
-    write_sentence_transformer(sources, writer)
+    write_sentence_transformer(sources, writer, settings)
     if settings.trust_remote_code:
         copy_code(sources.base.repository, writer, source="base")
         if sources.tokenizer is not None and source_of(sources.tokenizer, sources) == "adapter":
@@ -105,7 +105,7 @@ def _write_legal(sources: Resolved, writer: Writer) -> None:
     for path in _legal_files(adapter.files):
         if not writer.has(path):
             writer.copy(adapter, path, source="adapter")
-        elif adapter.read(path) != sources.base.repository.read(path):
+        elif read_limited(adapter, path) != read_limited(sources.base.repository, path):
             writer.copy(adapter, path, source="adapter", target=f"adapter-{path}")
 
 

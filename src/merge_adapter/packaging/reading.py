@@ -1,4 +1,4 @@
-"""JSON files of untrusted repositories, read with a limit."""
+"""Configs and other small files of untrusted repositories, read with a limit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ _LIMIT = 16 << 20
 """Bytes of a config read at most. Tokenizer configs with thousands of added tokens reach 1 MB."""
 
 
-def read_json(repository: Repository, path: str) -> Any:
-    """The parsed content of `path`. MalformedError when it is no JSON or too large."""
+def read_limited(repository: Repository, path: str) -> bytes:
+    """The content of a small file; MalformedError when it is larger than any honest one."""
     size = repository.files.get(path, 0)
     if size > _LIMIT:
         raise MalformedError(
-            f"{path} of {repository.origin} has {size} bytes; a config of at most {_LIMIT} is read"
+            f"{path} of {repository.origin} has {size} bytes; such a file is read up to {_LIMIT}"
         )
+    return repository.read(path)
+
+
+def read_json(repository: Repository, path: str) -> Any:
+    """The parsed content of `path`. MalformedError when it is no JSON or too large."""
+    content = read_limited(repository, path)
     try:
-        return json.loads(repository.read(path))
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise MalformedError(
             f"{path} of {repository.origin} is not readable JSON: {error}",

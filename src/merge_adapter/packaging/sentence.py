@@ -11,10 +11,10 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from merge_adapter.errors import MalformedError
+from merge_adapter.errors import MalformedError, PolicyError
 from merge_adapter.packaging.reading import read_json
 from merge_adapter.packaging.writing import Writer, safe_path
-from merge_adapter.types import Repository, Resolved
+from merge_adapter.types import MergeSettings, Repository, Resolved
 
 MODULES = "modules.json"
 _ROOT_FILES = re.compile(
@@ -30,17 +30,19 @@ def is_sentence_transformer(sources: Resolved) -> bool:
     return _modules_repository(sources) is not None
 
 
-def write_sentence_transformer(sources: Resolved, writer: Writer) -> None:
-    """The modules' list, configs and weights; nothing for a repository that is no SentenceTransformer."""
+def write_sentence_transformer(sources: Resolved, writer: Writer, settings: MergeSettings) -> None:
+    """The modules' list, configs and weights; nothing for a repository that is no SentenceTransformer.
+
+    Raises PolicyError for modules that are code of the repository when it is not trusted.
+    """
     listed = _modules_repository(sources)
+    folders = _module_folders(listed, settings) if listed is not None else []
     both = ((sources.adapter.repository, "adapter"), (sources.base.repository, "base"))
     for repository, source in both:
         for path in sorted(repository.files):
             if _ROOT_FILES.fullmatch(path) and (listed is not None or path != MODULES):
                 writer.copy(repository, path, source=source)
-    if listed is None:
-        return
-    for folder in _module_folders(listed):
+    for folder in folders:
         for repository, source in both:
             _copy_module(repository, folder, writer, source=source)
 
@@ -52,7 +54,7 @@ def _modules_repository(sources: Resolved) -> Repository | None:
     return None
 
 
-def _module_folders(repository: Repository) -> list[str]:
+def _module_folders(repository: Repository, settings: MergeSettings) -> list[str]:
     """The folders modules.json names, without that of the transformer at the root."""
     listed = read_json(repository, MODULES)
     place = f"{MODULES} of {repository.origin}"
@@ -63,6 +65,12 @@ def _module_folders(repository: Repository) -> list[str]:
         path: Any = module.get("path") if isinstance(module, dict) else None
         if not isinstance(path, str):
             raise MalformedError(f"{place} lists a module without a path", hint="Save the model again.")
+        kind = str(module.get("type", ""))
+        if kind and not kind.startswith("sentence_transformers.") and not settings.trust_remote_code:
+            raise PolicyError(
+                f"{place} lists the module {kind!r}, which is Python code of that repository",
+                hint="Read that code; if you trust it, add --trust-remote-code.",
+            )
         if path.strip("/"):
             folders.append(safe_path(path.rstrip("/"), of=place))
     return folders

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_adapter.packaging.code import AUTO_MAP, without_code
 from merge_adapter.packaging.configs import without_places
-from merge_adapter.packaging.reading import read_object
+from merge_adapter.packaging.reading import read_limited, read_object
 from merge_adapter.packaging.writing import Writer
 from merge_adapter.types import MergeSettings, Repository, Resolved
 
@@ -141,7 +141,7 @@ def _has_template(repository: Repository) -> bool:
 
 def _template_of(repository: Repository) -> dict[str, bytes]:
     """Its template files, and as files the templates that its tokenizer config holds."""
-    files = {path: repository.read(path) for path in _template_files(repository)}
+    files = {path: read_limited(repository, path) for path in _template_files(repository)}
     if CONFIG in repository.files:
         for name, text in _templates_inside(read_object(repository, CONFIG)).items():
             path = TEMPLATE if name == "default" else f"{_TEMPLATES_FOLDER}/{name}.jinja"

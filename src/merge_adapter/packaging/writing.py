@@ -14,6 +14,8 @@ from merge_adapter.types import FileOrigin, OutputFile, Repository
 
 _BLOCK = 1 << 20
 """Bytes copied at once."""
+_LARGEST = 4 << 30
+"""Bytes of one copied file at most: these are tokenizers and module weights, not models."""
 _LONGEST_NAME = 200
 """Characters of one part of a path; file systems end at 255 bytes."""
 
@@ -62,6 +64,10 @@ class Writer:
         target = safe_path(target or path, of=str(repository.origin))
         if self.has(target):
             return
+        if repository.files.get(path, 0) > _LARGEST:
+            raise MalformedError(
+                f"{path} of {repository.origin} has {repository.files[path]} bytes, at most {_LARGEST} are copied"
+            )
         place = self._place(target)
         digest = hashlib.sha256()
         size = 0
