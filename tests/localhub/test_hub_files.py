@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 
 import httpx2
@@ -230,11 +231,19 @@ def test_git_clones_the_repository(hub, alice, repo, tmp_path):
     alice.create_tag(repo, tag="v1")
     pr = alice.create_commit(repo, [_add("c.txt", b"c")], commit_message="proposed", create_pr=True)
     bare = hub.data / "repos" / "models" / f"{repo}.git"
-    subprocess.run(["git", "clone", "-q", bare, tmp_path / "clone"], check=True, capture_output=True)
+    # Without the git-lfs that a machine may have set up: it would look for the content behind the pointers.
+    alone = {"PATH": os.environ["PATH"], "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    subprocess.run(
+        ["git", "clone", "-q", bare, tmp_path / "clone"], check=True, capture_output=True, env=alone
+    )
 
     def git(*arguments):
         done = subprocess.run(
-            ["git", "-C", tmp_path / "clone", *arguments], check=True, capture_output=True, text=True
+            ["git", "-C", tmp_path / "clone", *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=alone,
         )
         return done.stdout.strip()
 
