@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint import writer as writing
 from merge_adapter.checkpoint.folder import Folder
-from merge_adapter.errors import MalformedError, StorageError
+from merge_adapter.errors import InputError, MalformedError, StorageError
 from merge_adapter.merge import merge
 from merge_adapter.methods import blocks
 from merge_adapter.plan import MergePlan, make_plan
@@ -407,3 +407,33 @@ def test_sources_are_never_changed(case: Case) -> None:
     for path in (case.root / "out").iterdir():
         path.write_bytes(b"gone")
     assert digests(case.root / "base") | digests(case.root / "adapter") == before
+
+
+def test_a_device_that_is_not_there_is_an_input_error(case: Case) -> None:
+    """Said before anything is written."""
+    plan = make_plan(case.sources, MergeSettings())
+    (case.root / "out").mkdir()
+    with pytest.raises(InputError, match="'warp:3' cannot be used"):
+        merge(
+            plan,
+            case.sources,
+            case.root / "out",
+            settings=MergeSettings(),
+            device="warp:3",
+            progress=Silent(),
+        )
+    assert_nothing_is_left(case.root / "out")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_nearly_the_same_weights(case: Case) -> None:
+    """Sums in another order: hardly an element differs, and then by one step of bfloat16."""
+    case.run("cpu")
+    plan = make_plan(case.sources, MergeSettings())
+    (case.root / "gpu").mkdir()
+    merge(plan, case.sources, case.root / "gpu", settings=MergeSettings(), device="cuda", progress=Silent())
+    ours, theirs = case.output("cpu"), case.output("gpu")
+    for name in ours:
+        assert (ours[name] != theirs[name]).double().mean() < 0.001
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2**-7, atol=1e-6)

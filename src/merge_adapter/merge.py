@@ -18,6 +18,7 @@ import torch
 from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import index_text
 from merge_adapter.checkpoint.writer import storage_errors
+from merge_adapter.errors import InputError
 from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.plan import MergePlan
 from merge_adapter.shards import Work
@@ -38,7 +39,7 @@ def merge(
     destination: Path,
     *,
     settings: MergeSettings,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     progress: Progress,
 ) -> MergeResult:
@@ -46,14 +47,15 @@ def merge(
 
     The same bytes come out for any number of threads. Files have temporary names until they are whole; when
     something fails, or the user interrupts, the workers are stopped, their files removed, and the error is
-    raised: MalformedError for input that changed or breaks off, StorageError for a full disk.
+    raised: MalformedError for input that changed or breaks off, StorageError for a full disk, InputError for a
+    device that this machine does not have.
     """
     began = time.monotonic()
     with ExitStack() as stack:
         base = stack.enter_context(read_base(sources.base, settings).open())
         adapters = [stack.enter_context(read_adapter(adapter).open()) for adapter in sources.adapters]
         task = stack.enter_context(progress.task("merge", plan.bytes_written))
-        work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task)
+        work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task, _device(device))
         stack.callback(work.abandon)
         stack.enter_context(_one_torch_thread())
         run_jobs(work.queues(), threads=threads or _cores(), stop=work.stop)
@@ -90,6 +92,20 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _device(name: str) -> torch.device:
+    """The device that adds; `auto` is the CPU, which keeps up with disks. Raises InputError."""
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"The device {name!r} cannot be used: {reason}",
+            hint="Use --device cpu, or cuda where there is a GPU.",
+        ) from error
+    return device
 
 
 def _cores() -> int:

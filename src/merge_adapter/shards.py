@@ -111,8 +111,10 @@ class Work:
         destination: Path,
         stop: Stop,
         task: Task,
+        device: torch.device,
     ) -> None:
         self.stop = stop
+        self._device = device
         self.bytes_copied = 0
         self._plan = plan
         self._repository = repository
@@ -214,7 +216,7 @@ class Work:
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
+            self._local.scratch = Scratch(self._device)
         scratch: Scratch = self._local.scratch
         return scratch
 
@@ -241,7 +243,7 @@ class Work:
             return
         with work.lock:
             if work.run is None:
-                work.run = RowRun(work.source, work.source_name, work.changes, work.adapters)
+                work.run = RowRun(work.source, work.source_name, work.changes, work.adapters, self._device)
                 work.run.survey(self._scratch(), self.stop.check)
         work.run.run(self._scratch(), start=start, stop=stop, dtype=dtype, emit=emit, check=self.stop.check)
         with work.lock:
@@ -282,14 +284,14 @@ class Work:
             raise AssertionError(f"{name}: computed {tuple(tensor.shape)}, planned {spec.shape}")
         if not spec.elements:
             return
-        dtype, retained, scratch = torch_dtype(spec.dtype), Retained(), self._scratch()
+        dtype, retained = torch_dtype(spec.dtype), Retained()
         compare = not added and name in self._base.specs and self._base.specs[name].shape == spec.shape
-        merged = as_rows(tensor.detach().cpu())
+        merged = as_rows(tensor.detach())
         step, row_bytes = block_rows(spec.shape), spec.nbytes // merged.shape[0]
         for row in range(0, merged.shape[0], step):
             self.stop.check()
-            block = merged[row : row + step]
-            rounded = scratch.take("rounded", block.shape[0], block.shape[1], dtype).copy_(block)
+            block = merged[row : row + step].cpu()
+            rounded = block.to(dtype)
             shard.write(offset + row * row_bytes, rounded)
             self._task.advance(rounded.nbytes)
             if compare:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------- tensors
@@ -112,9 +113,15 @@ class RowKernel(Protocol):
     def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:
         """Write `merged` = f(block) and `update` = f(block) - block. All four are `[rows, columns]` float32.
 
-        `block` must not be changed. The result may not depend on which thread calls.
+        `block` must not be changed. The result may not depend on which thread calls. All are on one device.
         """
         ...
+
+    def to(self, device: torch.device) -> None:
+        """Move the kernel's tensors to the device on which blocks will be."""
+        for name, value in vars(self).items():
+            if hasattr(value, "is_cuda"):
+                setattr(self, name, value.to(device))
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ class Retained:
 
 
 class Scratch:
-    """Buffers of one worker thread, reused from block to block."""
+    """Buffers of one worker thread on the device that computes, reused from block to block."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, role: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +53,7 @@ class Scratch:
         wanted = rows * columns
         buffer = self._buffers.get((role, dtype))
         if buffer is None or buffer.numel() < wanted:
-            buffer = self._buffers[role, dtype] = torch.empty(wanted, dtype=dtype)
+            buffer = self._buffers[role, dtype] = torch.empty(wanted, dtype=dtype, device=self.device)
         return buffer[:wanted].view(rows, columns)
 
 
@@ -60,7 +61,12 @@ class RowRun:
     """The changes of one tensor, ready to run; its rows may be processed by several threads."""
 
     def __init__(
-        self, source: Weights, name: str, changes: Sequence[RowChange], adapters: Sequence[Weights]
+        self,
+        source: Weights,
+        name: str,
+        changes: Sequence[RowChange],
+        adapters: Sequence[Weights],
+        device: torch.device,
     ) -> None:
         """Start from the tensor `name` of `source`; `adapters[i]` answers for the tensors of `changes[i]`."""
         self._source = source
@@ -69,6 +75,8 @@ class RowRun:
         self.kernels: tuple[RowKernel, ...] = tuple(
             change.arithmetic.kernel(adapter) for change, adapter in zip(changes, adapters, strict=True)
         )
+        for kernel in self.kernels:
+            kernel.to(device)
 
     def survey(self, scratch: Scratch, check: Callable[[], None]) -> None:
         """Show every block to the kernels that ask for it; each sees what those before it make of the block."""
@@ -106,7 +114,7 @@ class RowRun:
                 rounded.copy_(self._stored(row, block.shape[0])).add_(update)
             else:
                 rounded.copy_(merged)
-            emit(row, rounded)
+            emit(row, rounded.cpu())
             back = merged if dtype == torch.float32 else scratch.take("back", *block.shape).copy_(rounded)
             self.retained.add(row, *kept_and_asked(block, back, update))
 
