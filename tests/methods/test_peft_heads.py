@@ -23,7 +23,9 @@ def outputs_agree(made: Any, output: Path, auto: str, plan: Any, **labels: Any) 
     (output / "config.json").write_text(json.dumps({**config, **plan.config_changes}))
     load = getattr(transformers, auto).from_pretrained
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the base lacks the head, ties are about to part: the adapter's doing
+        warnings.simplefilter(
+            "ignore"
+        )  # the base lacks the head, ties are about to part: the adapter's doing
         base = load(made.base, dtype=torch.float32, **labels)
         adapted = PeftModel.from_pretrained(base, made.adapter).eval()
         merged = load(output, dtype=torch.float32).eval()
