@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench container clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## timings and memory, into docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+container: $(STAMP)  ## build the image without Docker and merge a model inside it (root, Debian, minutes)
+	$(BIN)/python scripts/container/build.py $(ARGS)
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .cache

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 4 << 20
 """Bytes."""
+_AUTHOR_OR_COLLECTION = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -143,9 +144,22 @@ def _reference(folder: PurePosixPath) -> str:
 
 
 def _watched(watch: str, hub: Hub) -> tuple[Candidate, ...] | Nothing:
-    from merge_adapter.hub.search import find_adapters
+    """The adapters of an author, or of a collection (`owner/title-hash`)."""
+    from merge_adapter.hub.catalogue import adapters_of, models_in_collection
 
-    found = find_adapters(watch, hub=hub)
+    if not _AUTHOR_OR_COLLECTION.fullmatch(watch) or ".." in watch:
+        raise InputError(
+            f"the input watch is {watch!r}, neither an author nor a collection",
+            hint="Write an author as `owner`, a collection as its address has it: `owner/title-hash`.",
+        )
+    if "/" in watch:
+        found = tuple(
+            model
+            for model in models_in_collection(hub, watch)
+            if any(path.endswith(ADAPTER_CONFIG) for path in hub.open(model).files)
+        )
+    else:
+        found = adapters_of(hub, watch)
     if not found:
         return Nothing(f"{watch} has no adapters on the Hub.")
     return tuple(Candidate(reference, hub_only=True) for reference in found)
