@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from localhub.accounts import TokenRole
 from localhub.errors import RefusedError
 from localhub.hub import Hub, Options, open_hub
 from localhub.oidc import parse_client, parse_publisher
+from localhub.process import TOKENS_VARIABLE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=TOKEN[:read]",
-        help="a user and a token of theirs, which may write unless it ends in :read; repeatable",
+        help="a user and a token of theirs, which may write unless it ends in :read; repeatable; "
+        f"more are read from {TOKENS_VARIABLE}, which process lists do not show",
     )
     parser.add_argument(
         "--organization",
@@ -129,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             clients=[parse_client(text) for text in options.oauth_client],
         )
         hub = open_hub(options.data, choices)
-        add_accounts(hub, options.token, options.organization)
+        tokens = [*options.token, *os.environ.get(TOKENS_VARIABLE, "").split()]
+        add_accounts(hub, tokens, options.organization)
     except (ValueError, RefusedError) as error:
         sys.stderr.write(f"localhub: {error}\n")
         return 2

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+TOKENS_VARIABLE = "LOCALHUB_TOKENS"
+"""More `NAME=TOKEN[:read]`, separated by spaces, for `python -m localhub`."""
 START_SECONDS = 30.0
 """How long the Hub may take until it is ready; normally about one second."""
 STOP_SECONDS = 10.0
@@ -45,8 +47,9 @@ class LocalHub:
         options: Sequence[str] = (),
     ) -> None:
         self.data = data
-        self._arguments = [f"--token={name}={token}" for name, token in (tokens or {}).items()]
-        self._arguments += [
+        # Through the environment: arguments are seen by everybody who lists processes.
+        self._tokens = " ".join(f"{name}={token}" for name, token in (tokens or {}).items())
+        self._arguments = [
             f"--organization={name}={','.join(members)}" for name, members in (organizations or {}).items()
         ]
         self._arguments += options
@@ -86,7 +89,7 @@ class LocalHub:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, TOKENS_VARIABLE: self._tokens},
             )
         self._url = self._ready_line()
         self._port = int(self._url.rpartition(":")[2])

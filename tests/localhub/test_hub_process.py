@@ -57,6 +57,12 @@ def test_port_in_use(hub, tmp_path):
         LocalHub(tmp_path, {"alice": "hf_a"}, port=port).start()
 
 
+def test_tokens_are_not_in_the_process_list(hub):
+    """Every user of a machine can read the arguments of every process."""
+    with open(f"/proc/{hub.pid}/cmdline", "rb") as file:
+        assert b"hf_alice" not in file.read()
+
+
 def test_restart_keeps_address_and_content(tmp_path):
     """Repositories, large files, tokens."""
     with LocalHub(tmp_path, {"alice": "hf_alice"}) as hub:
