@@ -58,6 +58,10 @@ _SERVER_TEXT_LIMIT = 500
 """Characters of a server's own message that are shown."""
 
 
+class RefusedError(HubError):
+    """The Hub refused: it has to be allowed first, and waiting changes nothing."""
+
+
 class ConflictError(HubError):
     """Somebody else changed what was to be changed; looking again and deciding anew is safe."""
 
@@ -189,7 +193,7 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
     situation = token_situation(call.token)
     url = error.response.request.url
     if url.path.endswith("/oauth/token"):
-        return HubError(
+        return RefusedError(
             f"cannot {call.doing}: the Hub refused the Trusted Publisher exchange (HTTP {status}){said}",
             hint=(
                 f"In the settings of the repository in HF_OIDC_RESOURCE ({oidc_resource()}), add this workflow's "
@@ -197,14 +201,14 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
             ),
         )
     if isinstance(error, DisabledRepoError):
-        return HubError(f"cannot {call.doing}: {call.repo_id} has been disabled{said}")
+        return RefusedError(f"cannot {call.doing}: {call.repo_id} has been disabled{said}")
     if status == 401:
         hint = f"Make a new token at {call.endpoint}/settings/tokens and set HF_TOKEN."
         if not has_token(call.token):
             hint = f"Set HF_TOKEN to a token from {call.endpoint}/settings/tokens, or run: hf auth login"
-        return HubError(f"cannot {call.doing}: the Hub does not accept {situation}{said}", hint=hint)
+        return RefusedError(f"cannot {call.doing}: the Hub does not accept {situation}{said}", hint=hint)
     if status == 403:
-        return HubError(
+        return RefusedError(
             f"cannot {call.doing}: {situation} is not allowed to (HTTP 403){said}",
             hint=_permission_hint(call, said),
         )
@@ -222,7 +226,7 @@ def _refused(error: HfHubHTTPError, call: Call) -> MergeAdapterError:
             f"cannot {call.doing}: the Hub failed (HTTP {status}){said}",
             hint=AGAIN,
         )
-    return HubError(f"cannot {call.doing}: the Hub refused (HTTP {status}){said}")
+    return RefusedError(f"cannot {call.doing}: the Hub refused (HTTP {status}){said}")
 
 
 def _permission_hint(call: Call, said: str) -> str:
