@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 from merge_adapter.types import Progress, Silent, Task
 
@@ -48,11 +47,11 @@ def progress_for(console: Console, *, quiet: bool) -> Progress:
         return Silent()
     if console.is_terminal:
         return LiveProgress(console)
-    return LogProgress(console.file if console.file is not None else sys.stderr)
+    return LogProgress(console.file)
 
 
 class _LogTask:
-    def __init__(self, label: str, total: int | None, unit: str, stream: TextIO) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, stream: IO[str]) -> None:
         self._label, self._total, self._unit, self._stream = label, total, unit, stream
         self._lock = threading.Lock()
         self._done = 0
@@ -88,7 +87,7 @@ class _LogTask:
 class LogProgress:
     """Plain lines, for logs: one every few seconds and one when a stage ends."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     @contextmanager
