@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
 
 from merge_adapter.errors import HubError, InputError, PolicyError
 from merge_adapter.hub import Hub, PullRequests
@@ -377,6 +378,65 @@ def test_two_runs_at_once_leave_one_pull_request(world, sources) -> None:
     assert len(open_ones) == 1
     assert {one.number for one in done} == set(open_ones)
     assert len({one.commit for one in done}) == 1
+
+
+class Meanwhile(Silent):
+    """Does something once, when the upload begins."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action: Callable[[], object] | None = action
+
+    def task(self, label: str, total: int | None, *, unit: str = "bytes"):
+        if label.startswith("Uploading") and self.action is not None:
+            action, self.action = self.action, None
+            action()
+        return super().task(label, total, unit=unit)
+
+
+@pytest.mark.parametrize("end", ["merge", "close", "commit"])
+def test_a_pull_request_that_changes_during_the_upload_is_looked_at_again(world, sources, end: str) -> None:
+    """Merged or closed: a new one is opened. A commit of somebody else: ours comes on top of it."""
+    adapter, base = sources
+    first = put(world, world.merged(adapter, base))
+    world.repository(adapter, {"new": b"commit"})
+    merged = world.merged(adapter, base, seed=1)
+
+    def act() -> None:
+        if end == "merge":
+            world.merge_pull(first.repo, 1)
+        elif end == "close":
+            world.api("ann").change_discussion_status(first.repo, 1, "closed")
+        else:
+            world.api("ann").upload_file(
+                path_or_fileobj=b"x", path_in_repo="theirs", repo_id=first.repo, revision="refs/pr/1"
+            )
+
+    done = publish(
+        merged.folder,
+        merged.report,
+        merged.verification,
+        hub=world.hub("ann"),
+        settings=PULL_REQUEST,
+        progress=Meanwhile(act),
+    )
+    assert done.number == (1 if end == "commit" else 2)
+    assert not done.draft
+    files = world.hub().open(done.repo, revision=f"refs/pr/{done.number}").files
+    assert ("theirs" in files) is (end == "commit")
+
+
+def test_a_closed_community_tab_is_named(world, sources, tokens) -> None:
+    """No pull request can be opened there; the other way is told."""
+    repo_id = world.name("ann")
+    world.repository(repo_id, {})
+    get_session().put(
+        f"{world.url}/api/models/{repo_id}/settings",
+        json={"discussionsDisabled": True},
+        headers={"Authorization": f"Bearer {tokens['ann']}"},
+    ).raise_for_status()
+    with pytest.raises(HubError) as caught:
+        put(world, world.merged(*sources), PublishSettings(target_repo=repo_id))
+    assert "new-repo" in caught.value.hint
 
 
 def test_unchanged_shards_are_copied_on_the_server(world, sources) -> None:

@@ -101,7 +101,7 @@ def translate(error: BaseException, call: Call) -> MergeAdapterError:
     if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
         error = error.__cause__  # the client says that it failed; why is behind it
     if isinstance(error, GatedRepoError):
-        return _gated(call)
+        return _gated(error, call)
     if isinstance(error, (RevisionNotFoundError, RepositoryNotFoundError, EntryNotFoundError)):
         return _missing(error, call)
     if isinstance(error, (OIDCError, LocalTokenNotFoundError, DeviceCodeError)):
@@ -133,14 +133,15 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
-def _gated(call: Call) -> MergeAdapterError:
+def _gated(error: GatedRepoError, call: Call) -> MergeAdapterError:
     if has_token(call.token):
         asked = f"Ask for access at {call.page} with the account behind {token_situation(call.token)}."
         asked += " A fine-grained token also needs 'Read access to contents of all public gated repos'."
     else:
         asked = f"Ask for access at {call.page}, then set HF_TOKEN to a token of that account."
     return PolicyError(
-        f"{call.repo_id} is gated and {token_situation(call.token)} has no access: cannot {call.doing}",
+        f"{call.repo_id} is gated and {token_situation(call.token)} has no access: cannot {call.doing}"
+        f"{_server_text(error, call)}",
         hint=asked,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_adapter.errors import InputError, NotFoundError, PolicyError
+from merge_adapter.errors import HubError, InputError, NotFoundError, PolicyError
 from merge_adapter.hub import ConflictError, PullRequest, PullRequests, Upload
 from merge_adapter.hub import commit as commit_to_hub
 from merge_adapter.publish import description
@@ -204,7 +204,7 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
     if settled and pull.draft is not job.passed:
         return _on_pull(pull, head.revision, job.target, Operation.UNCHANGED)
 
-    commit = head.revision if same is not None else _commit(job, pull.ref, head, earlier)
+    commit = head.revision if same is not None else _commit_to_pull(job, pull, head, earlier)
     _check(job, commit, job.listed if same is None else listed_files(same))
     if not settled:
         job.pulls.describe(pull, description.title(job.report), _description(job, pull.number))
@@ -215,6 +215,17 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
         job.pulls.comment(pull, description.evidence_comment(job.report, job.verdict))
     operation = Operation.UPDATED if filled else Operation.CREATED
     return _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
+
+
+def _commit_to_pull(
+    job: _Job, pull: PullRequest, head: HubRepository, earlier: Mapping[str, Any] | None
+) -> str:
+    try:
+        return _commit(job, pull.ref, head, earlier)
+    except HubError as error:
+        if not isinstance(error, ConflictError) and job.pulls.get(pull.number).status in ("merged", "closed"):
+            raise ConflictError(f"pull request {pull.number} was ended meanwhile") from error
+        raise
 
 
 def _is_of(job: _Job, report: Mapping[str, Any] | None) -> bool:
