@@ -107,3 +107,27 @@ def test_missing_pages(hub):
     assert _get(hub, "/alice/x%00y").status_code == 400
     assert _get(hub, "/static/..%2Frender.py").status_code == 404
     assert _get(hub, "/static/style.css").headers["content-type"].startswith("text/css")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "hidden"),
+    [
+        ("<!-- marker=1 -->\n\nWords", "Words", "marker"),
+        ("Words <!-- marker=1 --> and more", "and more", "marker"),
+        (
+            "<details><summary>Open</summary>\n\n**in**\n\n</details>",
+            "<details><summary>Open</summary>",
+            "&lt;",
+        ),
+        ("<script>alert(1)</script>", "&lt;script&gt;", "<script"),
+        ('<details ontoggle="x()">', "&lt;details", "<details"),
+        ("<!-- a --><img src=x onerror=y>", "&lt;img", "<img"),
+        ("<!-- open <script>x</script>", "&lt;script&gt;", "<script"),
+    ],
+)
+def test_raw_html_is_harmless(text: str, shown: str, hidden: str) -> None:
+    from localhub.pages.render import markdown
+
+    page = str(markdown(text))
+    assert shown in page
+    assert hidden not in page

@@ -6,7 +6,8 @@ request elsewhere or runs a script, whatever a README holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,10 +16,12 @@ from urllib.parse import quote
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
-from markupsafe import Markup
+from markdown_it.token import Token
+from markupsafe import Markup, escape
 
 _POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 MAX_DIFF_LINES = 4000
+_HARMLESS = re.compile(r"(<!--.*?-->|</?(?:details|summary)>)", re.DOTALL)
 _POINTER = "version https://git-lfs.github.com/spec/v1"
 
 
@@ -40,13 +43,27 @@ def _environment() -> Environment:
 
 @cache
 def _markdown() -> MarkdownIt:
-    # No raw HTML: it comes out as text. Links are checked by the library (no javascript:).
-    return MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+    # Raw HTML is recognised, so that it can be told from text, and rendered by `_raw`. Links are checked by the
+    # library (no javascript:).
+    rules = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
+    rules.add_render_rule("html_block", _raw)
+    rules.add_render_rule("html_inline", _raw)
+    return rules
+
+
+def _raw(_renderer: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    """Raw HTML as the Hub shows it, as far as it is harmless: comments are hidden, bare folding tags stay, the rest
+    comes out as text."""
+    parts = _HARMLESS.split(tokens[index].content)
+    return "".join(
+        escape(part) if place % 2 == 0 else "" if part.startswith("<!--") else part
+        for place, part in enumerate(parts)
+    )
 
 
 def markdown(text: str) -> Markup:
     """Markdown as safe HTML."""
-    return Markup(_markdown().render(text))  # noqa: S704 - raw HTML is disabled above
+    return Markup(_markdown().render(text))  # noqa: S704 - raw HTML is escaped by `_raw`
 
 
 def human_bytes(size: int) -> str:
