@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from merge_adapter.errors import AccountingError
-from merge_adapter.methods.change import Change, ModuleChange, Replacement, TensorSpec
+from merge_adapter.errors import AccountingError, MethodError
+from merge_adapter.methods.change import Change, Kind, ModuleChange, Replacement, RowChange, TensorSpec
+from merge_adapter.types import Adapter
 
 
 def account(tensors: Mapping[str, TensorSpec], changes: Iterable[Change]) -> int:
@@ -36,6 +37,34 @@ def account(tensors: Mapping[str, TensorSpec], changes: Iterable[Change]) -> int
         raise AssertionError(f"a planner consumes tensors the adapter does not have: {unknown}")
     _check_writers(changes)
     return len(used)
+
+
+def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None:
+    """Make sure that several adapters can be merged one after the other, each with its weight.
+
+    Sums commute; everything else would depend on the order, or hide what an adapter did. Raises MethodError.
+    """
+    owner: dict[str, tuple[int, Change]] = {}
+    for number, (adapter, changes) in enumerate(adapters):
+        for change in changes:
+            if adapter.weight != 1 and not _is_sum(change):
+                raise MethodError(
+                    f"{change.module}: a weight of {adapter.weight} was given for {adapter.repository.origin}, but"
+                    f" its change is {change.kind.value} there, and only sums can be weighted.",
+                    hint="Merge this adapter with weight 1, or by itself.",
+                )
+            for spec in change.writes:
+                before = owner.setdefault(spec.name, (number, change))
+                if before[0] != number and not (_is_sum(change) and _is_sum(before[1])):
+                    raise MethodError(
+                        f"{spec.name} is changed by two adapters, and not only by adding: the result would depend on"
+                        " their order.",
+                        hint="Merge the adapters one by one, in the order you want.",
+                    )
+
+
+def _is_sum(change: Change) -> bool:
+    return isinstance(change, RowChange) and change.kind is Kind.ADDITIVE
 
 
 def _check_writers(changes: tuple[Change, ...]) -> None:

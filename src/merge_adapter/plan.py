@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_adapter.accounting import account
+from merge_adapter.accounting import account, check_together
 from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
 from merge_adapter.methods.adapter_file import read_adapter
@@ -107,6 +107,7 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         config_changes.update(made.config_changes)
         consumed += account(file.specs, made.changes)
         planned.append(made)
+    check_together([(file.adapter, made.changes) for file, made in zip(files, planned, strict=True)])
     steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
     dropped = {name for made in planned for name in made.dropped}
     kept = {name: spec for name, spec in base.items() if name not in dropped}

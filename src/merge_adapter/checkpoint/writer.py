@@ -43,7 +43,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 class ShardWriter:
     """A file of known size that is written in pieces, in any order and from several threads.
 
-    The file has a temporary name until `finish`. Its sha256 grows with the unbroken run of bytes written
+    The file has a temporary name until `finish`, so that a process killed at any moment leaves no half file
+    under the real one. It is not flushed to the disk: waiting for that can cost more than the whole merge, and
+    `cp` does not either. Its sha256 grows with the unbroken run of bytes written
     from the start: pieces written in order are hashed from memory, others are read back when their turn
     comes.
     """
@@ -140,7 +142,6 @@ def copy_file(source: Path, target: Path, *, advance: Callable[[int], None]) -> 
     try:
         with storage_errors(target), source.open("rb") as old, temporary.open("xb+") as new:
             digest = _copy(old.fileno(), new.fileno(), source, advance)
-            os.fsync(new.fileno())
         temporary.rename(target)
     except BaseException:
         with suppress(OSError):
