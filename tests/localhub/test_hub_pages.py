@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx2
+import pytest
 from huggingface_hub import CommitOperationAdd
 
 EVIL = """---
