@@ -124,12 +124,12 @@ class BotSettings:
 def load_settings(
     path: Path | None = None, environment: Mapping[str, str] | None = None, **overrides: Any
 ) -> BotSettings:
-    """Settings from `path`, then the environment, then `overrides` that are not None.
+    """Settings from variables that others set, then `path`, then our own variables, then `overrides` not None.
 
     Raises InputError naming the setting and where it came from when one is unknown or of the wrong type.
     """
     environment = os.environ if environment is None else environment
-    values: dict[str, Any] = {}
+    values = _from_others(environment)
     if path is not None:
         values |= _from_file(path)
     values |= _from_environment(environment)
@@ -159,14 +159,23 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     for variable in environment:
         if variable.startswith(PREFIX) and variable not in known and variable != f"{PREFIX}CONFIG":
             raise InputError(f"{variable} is set, but there is no such setting of the bot")
+    return {
+        name: _typed(name, environment[variable], kind, variable)
+        for name, kind in hints.items()
+        if environment.get(variable := f"{PREFIX}{name.upper()}")
+    }
+
+
+def _from_others(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a Space, huggingface_hub and GitHub set: the weakest source, under a file and our own variables."""
+    hints = get_type_hints(BotSettings)
     values: dict[str, Any] = {}
     for one in dataclasses.fields(BotSettings):
-        for variable in (f"{PREFIX}{one.name.upper()}", one.metadata["also"]):
-            text = environment.get(variable, "") if variable else ""
-            if text:
-                text = f"https://{text}" if variable == "SPACE_HOST" else text
-                values[one.name] = _typed(one.name, text, hints[one.name], variable)
-                break
+        variable = one.metadata["also"]
+        text = environment.get(variable, "") if variable else ""
+        if text:
+            text = f"https://{text}" if variable == "SPACE_HOST" else text
+            values[one.name] = _typed(one.name, text, hints[one.name], variable)
     return values
 
 

@@ -27,6 +27,7 @@ from merge_adapter.bot.settings import BotSettings, RunnerKind, load_settings
 from merge_adapter.bot.store import Store
 from merge_adapter.bot.vault import Vault, open_vault
 from merge_adapter.errors import ExitCode, MergeAdapterError, RemoteError
+from merge_adapter.hub.errors import RefusedError
 
 _POLL = 0.5
 """Seconds between two looks into an empty queue."""
@@ -125,7 +126,7 @@ class Worker:
             outcome = self._runner.run(lease.job, token, watch, slot=slot)
         except MergeAdapterError as error:
             outcome = Outcome(JobState.FAILED, int(error.exit_code), error.message, error.hint)
-            if not isinstance(error, RemoteError):
+            if not isinstance(error, RemoteError) or isinstance(error, RefusedError):
                 outcome = dataclasses.replace(outcome, state=JobState.REFUSED)
         except Exception as error:  # noqa: BLE001  # one job's bug must not end the worker
             outcome = Outcome(JobState.FAILED, int(ExitCode.BUG), f"{type(error).__name__} in the runner")
@@ -154,7 +155,8 @@ class Worker:
             self._queue.release(lease)
             return "handed back"
         killed = outcome.exit_code is not None and outcome.exit_code < 0
-        if outcome.exit_code == ExitCode.REMOTE or killed:
+        lost = outcome.exit_code == ExitCode.REMOTE and outcome.state is JobState.FAILED
+        if lost or killed:
             self._queue.retry(lease, outcome)
             return "to be tried again"
         self._queue.finish(lease, outcome)

@@ -13,6 +13,7 @@ from merge_adapter.bot.jobs import Job, JobKind, JobState, Outcome, Stage, state
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import ExitCode
 from merge_adapter.hub.access import redact
+from merge_adapter.hub.errors import RefusedError
 from merge_adapter.report.lines import parse_line
 from merge_adapter.types import DType, Strategy
 
@@ -63,8 +64,11 @@ class Watch:
         """One line of the job's output: a stage, or something for its log. Tokens are blotted out."""
         found = parse_line(text)
         if found is not None:
+            begins = self._stage is None or self._stage.label != found.label
             self._stage = Stage(found.label, found.done, found.total, found.unit)
-            return
+            if not begins:
+                return
+            text = found.label
         shown = redact(text.rstrip("\r\n"), token=self._token or None) + "\n"
         with self._lock:
             if self._log.closed or not self._room:
@@ -143,8 +147,9 @@ def outcome_of(exit_code: int, document: Mapping[str, Any] | None, *, last_line:
     state = state_of_exit(exit_code)
     if state is JobState.DONE and "verification" not in document:
         state, message = JobState.FAILED, "the job ended without a report"
+    refused = isinstance(error, dict) and error.get("type") == RefusedError.__name__
     return Outcome(
-        state,
+        JobState.REFUSED if refused else state,
         exit_code,
         message,
         hint,

@@ -1,0 +1,85 @@
+"""Commands in comments and choices in forms."""
+
+from __future__ import annotations
+
+import pytest
+
+from merge_adapter.bot import choices
+from merge_adapter.bot.commands import find_command
+from merge_adapter.bot.jobs import JobKind, JobOptions
+from merge_adapter.errors import InputError
+from merge_adapter.types import DType, Strategy
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("@bot merge", JobOptions()),
+        ("Please, @bot merge --dtype bfloat16", JobOptions(dtype=DType.BFLOAT16)),
+        ("@Bot: merge --base-model=meta/x --strategy memory", JobOptions("meta/x", strategy=Strategy.MEMORY)),
+        (
+            "thanks\n@bot merge --target-repo ada/y --private true\nbye",
+            JobOptions(target_repo="ada/y", private=True),
+        ),
+    ],
+)
+def test_a_command_is_understood(text: str, options: JobOptions) -> None:
+    command = find_command(text, "bot")
+    assert command is not None and (command.kind, command.options) == (JobKind.MERGE, options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the @bot merges adapters",
+        "mail me@bot merge",
+        "> @bot merge",
+        "```\n@bot merge\n```",
+        "@bot-two merge",
+        "@bot",
+        "@bot please merge",
+        "@BOTTOM merge",
+    ],
+)
+def test_talk_is_no_command(text: str) -> None:
+    assert find_command(text, "bot") is None
+
+
+def test_verify_names_a_checkpoint() -> None:
+    command = find_command("@bot verify ada/style-merged@refs/pr/1", "bot")
+    assert command is not None
+    assert (command.kind, command.options.merged) == (JobKind.VERIFY, "ada/style-merged@refs/pr/1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("@bot merge now", "takes no 'now'"),
+        ("@bot merge --trust-remote-code yes", "no option"),
+        ("@bot merge --output /etc", "no option"),
+        ("@bot merge --dtype int4", "expected one of"),
+        ("@bot merge --dtype", "no value"),
+        ("@bot merge --base-model ../../etc", "not a Hub id"),
+        ("@bot merge --base-model /etc/passwd", "not a Hub id"),
+        ("@bot merge --target-repo ada", "not a Hub id"),
+        ("@bot merge --subfolder ../x", "not a folder"),
+        ("@bot merge --license 'a b'", "not a licence"),
+        ("@bot merge --base-revision=--help", "no value"),
+        ("@bot merge --private maybe", "expected true or false"),
+        ("@bot merge 'unfinished", "cannot be read"),
+        ("@bot verify", "takes the merged checkpoint"),
+        ("@bot verify a/b --license mit", "no option"),
+        ("@bot verify ./folder", "not a Hub id"),
+    ],
+)
+def test_a_bad_command_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_command(text, "bot")
+
+
+@pytest.mark.parametrize(
+    "text", ["--json", "-h", "a/b/c", "a//b", "a/..", "é/b", "a/b\n", "", "a/b@--x", "a/b@"]
+)
+def test_nothing_that_looks_like_an_option_or_a_path_is_a_reference(text: str) -> None:
+    with pytest.raises(InputError):
+        choices.reference(text, what="adapter")

@@ -1,0 +1,193 @@
+"""Pushed, merged, offered: the real pipeline behind the real queue, with processes killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Source
+from merge_adapter.bot.queue import Submitted
+from merge_adapter.bot.rows import JobFilter, find_job, list_jobs
+from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
+from merge_adapter.bot.server import start
+from merge_adapter.bot.store import Store
+from merge_adapter.bot.vault import open_vault
+
+
+def ended(store: Store, adapter: str) -> Any:
+    found = [job for job in list_jobs(store, JobFilter(text=adapter)) if job.request.adapter == adapter]
+    return found[0] if found and not found[0].open else None
+
+
+def pull_requests(api: Any, repo_id: str) -> list[Any]:
+    return list(api.get_repo_discussions(repo_id, discussion_type="pull_request"))
+
+
+def test_a_push_ends_in_a_pull_request(
+    hub: Any, tmp_path: Path, api: Any, push_adapter: Any, make_settings: Any, eventually: Any
+) -> None:
+    """The Hub itself delivers the webhook; the log holds stages and no token; a replay changes nothing."""
+    settings = make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=30.0)
+    with start(settings) as bot:
+        hook = api.create_webhook(
+            url=bot.webhook_url, watched=[{"type": "user", "name": "ada"}], secret=settings.webhook_secret
+        )
+        try:
+            repo_id, sha = push_adapter("ada/whole-way")
+            job = eventually(lambda: ended(bot.queue.store, repo_id))
+        finally:
+            api.delete_webhook(hook.id)
+        assert (job.state, job.verdict, job.exit_code) == (JobState.DONE, "pass", 0)
+        assert job.request.revision == sha and job.publication["operation"] == "created"
+        folder = settings.job_folder(job.id)
+        report = json.loads((folder / REPORT_FILE).read_text())
+        assert report["verification"]["verdict"] == "pass" and report["adapter"]["revision"] == sha
+        log = (folder / LOG_FILE).read_text()
+        assert "merge" in log and "hf_ada" not in log
+        assert len(pull_requests(api, "ada/whole-way-merged")) == 1
+        # the bot's own output and its pull request were told to it too, and started nothing
+        assert {one.request.adapter for one in list_jobs(bot.queue.store)} == {repo_id}
+        page = urlopen(f"{bot.url}/jobs/{job.id}").read().decode()
+        assert "Open pull request 1" in page and "<svg" in page
+        assert (
+            urlopen(f"{bot.url}/jobs/{job.id}/report").headers["Content-Security-Policy"].endswith("sandbox")
+        )
+
+
+def test_refusals_are_final(
+    hub: Any, tmp_path: Path, push_adapter: Any, make_settings: Any, eventually: Any
+) -> None:
+    """No base, a revoked token, a wrong candidate: ended once, with the message and the hint."""
+    settings = make_settings(hub.url, tmp_path / "bot", workers=2, lease_seconds=30.0)
+    repo_id, sha = push_adapter("ada/refusals")
+    with start(settings) as bot:
+        revoked = open_vault(settings).seal("hf_revoked")
+        requests = (
+            JobRequest(repo_id, sha, Source.PAGE, options=JobOptions(base_model="nobody/nothing")),
+            JobRequest(repo_id, sha, Source.PAGE, token=revoked, requested_by="stranger"),
+            JobRequest(repo_id, sha, Source.PAGE, kind=JobKind.VERIFY, options=JobOptions(merged="ada/none")),
+        )
+        found = []
+        for request in requests:
+            submission = bot.queue.submit(request)
+            assert isinstance(submission, Submitted)
+            found.append(submission.job_id)
+
+        def all_ended() -> Any:
+            jobs = [find_job(bot.queue.store, one) for one in found]
+            waiting = any(job is None or (job.state is JobState.QUEUED and not job.failures) for job in jobs)
+            return None if waiting or any(job.state is JobState.RUNNING for job in jobs if job) else jobs
+
+        base, foreign, candidate = eventually(all_ended)
+        assert base.state is JobState.REFUSED and "nobody/nothing" in base.message and base.exit_code == 2
+        assert candidate.state is JobState.REFUSED and "ada/none" in candidate.message
+        assert foreign.state is JobState.REFUSED and foreign.exit_code == 5 and foreign.failures == 0
+        assert "does not accept" in foreign.message and "hf_revoked" not in foreign.message + foreign.hint
+
+
+def _children_of(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_kill_9_of_worker_and_server_ends_in_exactly_one_pull_request(
+    hub: Any,
+    tmp_path: Path,
+    api: Any,
+    push_adapter: Any,
+    push_event: Any,
+    send: Any,
+    make_settings: Any,
+    bot_process: Any,
+    eventually: Any,
+) -> None:
+    """Killed at random moments, first the worker, then everything: the job is carried out, once to be seen."""
+    settings = make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=2.0, attempts=20)
+    repo_id, sha = push_adapter("ada/killed")
+    process, url = bot_process(settings)
+    assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 202
+    dice = random.Random(8)
+    with Store(settings.database) as store:
+        eventually(lambda: any(job.state is JobState.RUNNING for job in list_jobs(store)))
+        time.sleep(dice.uniform(0.5, 3.0))
+        (worker,) = _children_of(process.pid)
+        merges = _children_of(worker)
+        _kill(worker)
+        # the merge notices that its worker is gone, and ends by itself
+        eventually(lambda: all(_gone(pid) for pid in merges), seconds=40)
+        eventually(
+            lambda: any(job.attempt == 2 and job.state is JobState.RUNNING for job in list_jobs(store))
+        )
+        time.sleep(dice.uniform(0.5, 3.0))
+        (worker,) = _children_of(process.pid)
+        _kill(process.pid)
+        process.wait()
+        eventually(lambda: _gone(worker), seconds=60)  # handed its lease back, and ended
+        _, url = bot_process(settings)
+        assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 200  # a replay
+        job = eventually(lambda: ended(store, repo_id))
+        assert (job.state, job.verdict) == (JobState.DONE, "pass") and job.attempt >= 2
+    assert len(list_jobs_of(settings)) == 1
+    found = pull_requests(api, "ada/killed-merged")
+    assert [one.status for one in found] == ["open"]
+
+
+def list_jobs_of(settings: Any) -> list[Any]:
+    with Store(settings.database) as store:
+        return list_jobs(store)
+
+
+def test_a_graceful_stop_hands_the_lease_back(
+    hub: Any, tmp_path: Path, push_adapter: Any, make_settings: Any, eventually: Any
+) -> None:
+    """The next server takes the job at once, and the stop cost it no attempt."""
+    settings = make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=600.0)
+    repo_id, sha = push_adapter("ada/handed-back")
+    with start(settings) as bot:
+        submission = bot.queue.submit(JobRequest(repo_id, sha, Source.PAGE))
+        assert isinstance(submission, Submitted)
+        eventually(lambda: find_job(bot.queue.store, submission.job_id).stage)
+    with Store(settings.database) as store:
+        job = find_job(store, submission.job_id)
+        assert job is not None and (job.state, job.failures, job.owner) == (JobState.QUEUED, 0, None)
+
+
+def test_a_cancelled_job_is_stopped(
+    hub: Any, tmp_path: Path, push_adapter: Any, make_settings: Any, eventually: Any
+) -> None:
+    settings = make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=2.0)
+    repo_id, sha = push_adapter("ada/cancelled")
+    with start(settings) as bot:
+        submission = bot.queue.submit(JobRequest(repo_id, sha, Source.PAGE))
+        assert isinstance(submission, Submitted)
+        eventually(lambda: find_job(bot.queue.store, submission.job_id).stage)
+        bot.queue.cancel(submission.job_id, reason="cancelled by ada")
+        job = eventually(lambda: ended(bot.queue.store, repo_id), seconds=60)
+        assert (job.state, job.message) == (JobState.CANCELLED, "cancelled by ada")

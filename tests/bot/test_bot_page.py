@@ -1,0 +1,270 @@
+"""The page: safe without a browser, and in headless Chromium the whole way from login to pull request."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from merge_adapter.bot.jobs import JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.pages import login
+from merge_adapter.bot.pages.render import static_file
+from merge_adapter.bot.queue import Submitted
+from merge_adapter.bot.rows import find_job, list_jobs
+from merge_adapter.bot.runners.base import LOG_FILE
+from merge_adapter.bot.server import RunningBot, start
+from merge_adapter.bot.vault import open_vault
+from merge_adapter.hub.oauth import Login
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def bot(settings: Any) -> Iterator[RunningBot]:
+    with start(settings) as running:
+        yield running
+
+
+def get(
+    bot: RunningBot, path: str, *, cookie: str = "", headers: dict[str, str] | None = None
+) -> tuple[int, str, Any]:
+    request = Request(f"{bot.url}{path}", headers={"Cookie": cookie, **(headers or {})})
+    try:
+        with urlopen(request) as answer:
+            return answer.status, answer.read().decode(), answer.headers
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), error.headers
+
+
+def post(
+    bot: RunningBot, path: str, fields: str, *, cookie: str = "", origin: str | None = None
+) -> tuple[int, str]:
+    headers = {"Cookie": cookie, "Content-Type": "application/x-www-form-urlencoded", "HX-Request": "true"}
+    request = Request(
+        f"{bot.url}{path}", fields.encode(), {**headers, **({"Origin": origin} if origin else {})}
+    )
+    try:
+        with urlopen(request) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+class _Jar:
+    """Catches the cookie that a session sets."""
+
+    def set_cookie(self, name: str, value: str, **_: Any) -> None:
+        self.cookie = f"{name}={value}"
+        self.csrf = login._csrf(value)
+
+
+def logged_in(bot: RunningBot, user: str, token: str) -> _Jar:
+    jar, parts = _Jar(), login.Parts(bot.settings, bot.queue, bot.inbox, open_vault(bot.settings))
+    login.begin_session(jar, Login(user, (), token, 3600.0), parts)  # type: ignore[arg-type]
+    return jar
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+def test_what_strangers_wrote_is_shown_as_text(bot: RunningBot) -> None:
+    """A message, a log and a link from an untrusted repository cannot become markup."""
+    request = JobRequest("ada/x", "a" * 40, Source.WEBHOOK, private=False, options=JobOptions(license="mit"))
+    submission = bot.queue.submit(request)
+    assert isinstance(submission, Submitted)
+    lease = bot.queue.claim("w")
+    assert lease is not None
+    folder = bot.settings.job_folder(submission.job_id)
+    folder.mkdir(parents=True)
+    (folder / LOG_FILE).write_text(HOSTILE)
+    publication = {"url": "javascript:alert(1)", "operation": HOSTILE}
+    bot.queue.finish(lease, Outcome(JobState.REFUSED, 3, HOSTILE, HOSTILE, "fail", publication))
+    status, page, headers = get(bot, f"/jobs/{submission.job_id}")
+    assert status == 200 and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "<img src=x" not in page and "javascript:" not in page
+    assert "script-src 'self'" in headers["Content-Security-Policy"]
+    assert (
+        "unsafe" not in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+    )
+    assert get(bot, f"/jobs?q={'%3Cscript%3E'}&state=nonsense&page=-1")[0] == 200
+    assert "<script>alert" not in get(bot, "/%3Cscript%3Ealert(1)%3C/script%3E")[1]
+
+
+def test_private_jobs_do_not_exist_for_others(bot: RunningBot) -> None:
+    submission = bot.queue.submit(JobRequest("ada/secret-thing", "a" * 40, Source.WEBHOOK, private=True))
+    assert isinstance(submission, Submitted)
+    eve, ada = logged_in(bot, "eve", "hf_e"), logged_in(bot, "ada", "hf_ada")
+    for path in ("", "/live", "/log", "/report", "/report.json"):
+        address = f"/jobs/{submission.job_id}{path}"
+        assert get(bot, address)[0] == get(bot, address, cookie=eve.cookie)[0] == 404
+    assert post(bot, f"/jobs/{submission.job_id}/cancel", f"csrf={eve.csrf}", cookie=eve.cookie)[0] == 404
+    assert "secret-thing" in get(bot, f"/jobs/{submission.job_id}", cookie=ada.cookie)[1]
+    assert "secret-thing" in get(bot, "/jobs", cookie=ada.cookie)[1]
+    assert "secret-thing" not in get(bot, "/jobs", cookie=eve.cookie)[1] + get(bot, "/")[1]
+
+
+def test_forms_need_a_session_its_token_and_our_origin(bot: RunningBot) -> None:
+    submission = bot.queue.submit(JobRequest("ada/x", "a" * 40, Source.WEBHOOK, private=False))
+    assert isinstance(submission, Submitted)
+    ada, eve = logged_in(bot, "ada", "hf_ada"), logged_in(bot, "eve", "hf_e")
+    address = f"/jobs/{submission.job_id}/cancel"
+    assert post(bot, address, "csrf=")[0] == 403
+    assert post(bot, address, f"csrf={eve.csrf}", cookie=ada.cookie)[0] == 403
+    assert post(bot, address, f"csrf={ada.csrf}", cookie=ada.cookie, origin="https://evil.example")[0] == 403
+    assert post(bot, address, f"csrf={eve.csrf}", cookie=eve.cookie)[0] == 403
+    found = find_job(bot.queue.store, submission.job_id)
+    assert found is not None and found.state is JobState.QUEUED
+    assert post(bot, address, f"csrf={ada.csrf}", cookie=ada.cookie, origin=bot.url)[0] == 204
+    found = find_job(bot.queue.store, submission.job_id)
+    assert found is not None and (found.state, found.message) == (JobState.CANCELLED, "cancelled by ada")
+
+
+def test_the_form_says_what_is_wrong(bot: RunningBot, push_adapter: Any) -> None:
+    ada = logged_in(bot, "ada", "hf_ada")
+    for fields, message in (
+        ("adapter=../../etc", "is not a Hub id"),
+        ("adapter=ada/none-such", "ada/none-such"),
+        ("adapter=a/b&dtype=int3", "expected one of"),
+        ("adapter=a/b&base_model=/etc", "is not a Hub id"),
+    ):
+        status, text = post(bot, "/jobs", f"{fields}&csrf={ada.csrf}", cookie=ada.cookie)
+        assert status in (404, 422) and message in text and 'role="alert"' in text
+    assert post(bot, "/plan", "x" * 70_000, cookie=ada.cookie)[0] == 413
+    assert list_jobs(bot.queue.store) == []
+
+
+def test_a_user_has_a_limit_and_their_token_is_kept_sealed(bot: RunningBot, push_adapter: Any) -> None:
+    repo_id, _ = push_adapter("ada/limits")
+    ada = logged_in(bot, "ada", "hf_ada")
+    for number in range(bot.settings.jobs_per_user):
+        fields = f"adapter={repo_id}&target_repo=ada/t{number}&csrf={ada.csrf}"
+        assert post(bot, "/jobs", fields, cookie=ada.cookie)[0] == 204
+    status, text = post(
+        bot, "/jobs", f"adapter={repo_id}&target_repo=ada/one-more&csrf={ada.csrf}", cookie=ada.cookie
+    )
+    assert status == 403 and "open jobs" in text
+    job = list_jobs(bot.queue.store)[0]
+    assert job.request.token is not None and b"hf_ada" not in job.request.token
+    assert open_vault(bot.settings).open(job.request.token) == "hf_ada"
+    for path in bot.settings.data.glob("bot.sqlite3*"):
+        assert b"hf_ada" not in path.read_bytes()
+    assert post(bot, "/logout", f"csrf={ada.csrf}", cookie=ada.cookie)[0] == 200
+    assert "Log out" not in get(bot, "/", cookie=ada.cookie)[1]
+
+
+def test_the_vendored_script_asks_nothing_of_other_hosts(bot: RunningBot) -> None:
+    """No page names another host to load from, and static files are kept for ever under their hash."""
+    _, page, _ = get(bot, "/")
+    for name in ("htmx-4.0.1.min.js", "app.css", "icon.svg"):
+        assert f"/static/{name}?" in page
+        assert static_file(name) is not None
+    assert 'src="http' not in page and 'rel="stylesheet" href="http' not in page
+    assert "immutable" in get(bot, "/static/app.css")[2]["Cache-Control"]
+    assert get(bot, "/static/..%2f..%2fsettings.py")[0] == 404
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_from_login_to_pull_request_in_a_browser(
+    tmp_path: Path, lm_base: Path, lm_adapter: Path, make_settings: Any, browser: Any
+) -> None:
+    """Log in with the Hub, see the plan, start, watch, read the verdict, open the pull request. The merge is made
+    with the user's own token: the bot's account may not write there."""
+    from huggingface_hub import HfApi
+
+    from localhub.process import LocalHub
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client = f"--oauth-client=bot:sec=http://127.0.0.1:{port}/login/callback"
+    users = {"ada": "hf_ada_of_this_hub", "merge-bot": "hf_merge_bot"}
+    with LocalHub(tmp_path / "hub", users, {"demo": ["ada"]}, options=[client]) as hub:
+        api = HfApi(endpoint=hub.url, token=users["ada"])
+        for repo_id, folder in (("demo/pydoc-llama", lm_base), ("ada/by-hand", lm_adapter)):
+            api.create_repo(repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        settings = replace(
+            make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=30.0, port=port),
+            token=users["merge-bot"],
+            oauth_client_id="bot",
+            oauth_client_secret="sec",
+        )
+        with start(settings) as bot:
+            _walk(browser, bot, hub.url, users["ada"])
+
+
+def _walk(browser: Any, bot: RunningBot, hub_url: str, token: str) -> None:
+    context = browser.new_context(viewport={"width": 1100, "height": 900})
+    page = context.new_page()
+    complaints: list[str] = []
+    asked: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: complaints.append(message.text) if "Content Security" in message.text else None,
+    )
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(bot.url)
+    page.get_by_role("link", name="Log in with Hugging Face").first.click()
+    page.fill("input[name=token]", token)
+    page.locator("button[value=allow]").click()
+    page.wait_for_url(f"{bot.url}/")
+    assert page.get_by_role("button", name="Log out").is_visible()
+    page.get_by_label("Adapter", exact=True).fill("ada/by-hand")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Merge it").wait_for(timeout=120_000)
+    assert "demo/pydoc-llama" in page.inner_text("#plan")
+    page.get_by_role("button", name="Merge it").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/jobs/*", timeout=30_000)
+    address = page.url
+    page.locator("progress").wait_for(timeout=60_000)
+    pull = page.get_by_role("link", name="Open pull request 1")
+    pull.wait_for(timeout=240_000)
+    assert "Verdict: pass" in page.inner_text("main")
+    assert page.locator("figure svg").count() >= 1
+    assert pull.get_attribute("href") == f"{hub_url}/ada/by-hand-merged/discussions/1"
+    _check_phone(page)
+    page.goto(f"{bot.url}/jobs")
+    page.get_by_label("Search").fill("nothing-like-it")
+    page.get_by_text("There are no jobs here yet.").wait_for()
+    page.get_by_label("Search").fill("by-hand")
+    page.get_by_role("link", name="ada/by-hand").wait_for()
+    assert "q=by-hand" in page.url
+    assert complaints == []
+    assert {url.split("/")[2] for url in asked} <= {bot.url.split("/")[2], hub_url.split("/")[2]}
+    cookies = {one["name"]: one for one in context.cookies()}
+    assert cookies[login.SESSION]["httpOnly"] and token not in str(cookies)
+    stranger = browser.new_context(color_scheme="dark").new_page()
+    stranger.goto(address)
+    assert stranger.get_by_role("button", name="Cancel this job").count() == 0
+    assert stranger.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(11, 15, 25)"
+
+
+def _check_phone(page: Any) -> None:
+    """Nothing is wider than a phone, and the keyboard reaches the skip link first."""
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.reload()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.set_viewport_size({"width": 1100, "height": 900})

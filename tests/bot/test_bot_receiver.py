@@ -1,0 +1,327 @@
+"""The webhook's answers, the look-up behind them, and comments: against a running server and the embedded Hub."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from merge_adapter.bot.jobs import JobKind, JobState, Source
+from merge_adapter.bot.probe import probe
+from merge_adapter.bot.rows import list_jobs
+from merge_adapter.bot.server import RunningBot, start
+from merge_adapter.bot.settings import BotSettings
+from merge_adapter.errors import HubError, InputError, StorageError
+from merge_adapter.hub import Hub
+
+
+@pytest.fixture
+def bot(settings: BotSettings) -> Iterator[RunningBot]:
+    """A bot without workers: jobs stay in the queue, where they can be looked at."""
+    with start(settings) as running:
+        yield running
+
+
+def settled(bot: RunningBot, eventually: Callable[..., Any]) -> list[str]:
+    """The notes of all events, once none waits."""
+    eventually(lambda: bot.inbox.waiting() == 0, seconds=30)
+    return [row["note"] for row in bot.queue.store.read("SELECT note FROM events ORDER BY id")]
+
+
+def jobs(bot: RunningBot) -> list[tuple[str, str, JobState]]:
+    return [(j.request.adapter, j.request.revision, j.state) for j in list_jobs(bot.queue.store)]
+
+
+def test_a_push_becomes_a_job_once(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """Delivered three times, it is stored once; the job names the commit that the Hub names."""
+    repo_id, sha = push_adapter("ada/push-once")
+    event = push_event(repo_id, sha)
+    assert send(bot.webhook_url, event)[0] == 202
+    assert [send(bot.webhook_url, event)[0] for _ in range(2)] == [200, 200]
+    settled(bot, eventually)
+    assert jobs(bot) == [(repo_id, sha, JobState.QUEUED)]
+    request = list_jobs(bot.queue.store)[0].request
+    assert (request.source, request.private, request.token) == (Source.WEBHOOK, False, None)
+
+
+@pytest.mark.parametrize(
+    "secret", [None, "", "wrong", "s3cret-of-the-webhoo", "\u00e9".encode().decode("latin-1")]
+)
+def test_a_forged_webhook_is_refused(bot: RunningBot, send: Any, push_event: Any, secret: str | None) -> None:
+    status, answer = send(bot.webhook_url, push_event("ada/x", "a" * 40), secret)
+    assert status == 401 and "X-Webhook-Secret" in answer["error"]
+    assert bot.inbox.waiting() == 0
+
+
+def test_without_a_secret_nothing_is_accepted(settings: BotSettings, send: Any, push_event: Any) -> None:
+    with start(replace(settings, webhook_secret="")) as bot:
+        assert send(bot.webhook_url, push_event("ada/x", "a" * 40), "")[0] == 503
+        assert bot.inbox.waiting() == 0
+
+
+def test_a_body_too_large_or_malformed_is_refused(bot: RunningBot, send: Any) -> None:
+    assert send(bot.webhook_url, b" " * (bot.settings.max_body + 1))[0] == 413
+    assert send(bot.webhook_url, b"{}")[0] == 400
+    assert send(bot.webhook_url, b"nonsense")[0] == 400
+
+
+def test_events_out_of_order_end_at_the_head(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """The older push told last starts nothing: the Hub's head counts, not the payload."""
+    repo_id, first = push_adapter("ada/out-of-order")
+    _, second = push_adapter("ada/out-of-order", change="two")
+    for sha, old in ((second, first), (first, None)):
+        assert send(bot.webhook_url, push_event(repo_id, sha, old=old))[0] == 202
+    settled(bot, eventually)
+    assert jobs(bot) == [(repo_id, second, JobState.QUEUED)]
+
+
+def test_a_newer_push_cancels_the_job_of_the_older(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    repo_id, first = push_adapter("ada/newer")
+    send(bot.webhook_url, push_event(repo_id, first))
+    settled(bot, eventually)
+    _, second = push_adapter("ada/newer", change="two")
+    send(bot.webhook_url, push_event(repo_id, second, old=first))
+    settled(bot, eventually)
+    assert jobs(bot) == [(repo_id, second, JobState.QUEUED), (repo_id, first, JobState.CANCELLED)]
+
+
+def test_a_push_that_changes_no_adapter_starts_nothing(
+    bot: RunningBot, api: Any, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """Notes, or a merged model under `merged/`, is not the adapter; nor is a repository without one."""
+    repo_id, first = push_adapter("ada/readme-only")
+    done = api.upload_file(repo_id=repo_id, path_in_repo="notes.txt", path_or_fileobj=b"hi")
+    send(bot.webhook_url, push_event(repo_id, done.oid, old=first))
+    api.create_repo("ada/no-adapter")
+    plain = api.upload_file(repo_id="ada/no-adapter", path_in_repo="config.json", path_or_fileobj=b"{}")
+    send(bot.webhook_url, push_event("ada/no-adapter", plain.oid))
+    send(bot.webhook_url, push_event("ada/does-not-exist", "c" * 40))
+    notes = settled(bot, eventually)
+    assert notes[:2] == ["the adapter itself did not change", "no adapter, or several, in the repository"]
+    assert "does-not-exist" in notes[2]
+    assert jobs(bot) == []
+
+
+def test_rewritten_history_counts_as_a_change(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    repo_id, sha = push_adapter("ada/rewritten")
+    send(bot.webhook_url, push_event(repo_id, sha, old="e" * 40))
+    settled(bot, eventually)
+    assert [job[1] for job in jobs(bot)] == [sha]
+
+
+def test_a_private_adapter_is_a_private_job(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    repo_id, sha = push_adapter("ada/hidden", private=True)
+    send(bot.webhook_url, push_event(repo_id, sha))
+    settled(bot, eventually)
+    assert list_jobs(bot.queue.store)[0].request.private
+    assert b"ada/hidden" not in urlopen(f"{bot.url}/jobs").read()
+    assert b"ada/hidden" not in urlopen(f"{bot.url}/metrics").read()
+
+
+@contextmanager
+def commented(api: Any, repo_id: str, text: str, *, token: str = "hf_ada") -> Iterator[dict[str, Any]]:
+    """A discussion with a comment, as the webhook tells it."""
+    from merge_adapter.bot.probe import payload
+
+    discussion = api.create_discussion(repo_id, "please", token=token)
+    comment = api.comment_discussion(repo_id, discussion.num, text, token=token)
+    yield {
+        **payload(repo_id, action="create", scope="discussion.comment"),
+        "discussion": {"num": discussion.num, "id": "d"},
+        "comment": {"id": comment.id, "hidden": False, "content": text},
+    }
+
+
+def said(api: Any, repo_id: str, number: int) -> list[str]:
+    events = api.get_discussion_details(repo_id, number).events
+    return [event.content for event in events if event.author == "merge-bot"]
+
+
+@pytest.fixture
+def commanded_bot(settings: BotSettings) -> Iterator[RunningBot]:
+    """A bot with an account of its own, which answers comments."""
+    with start(replace(settings, token="hf_merge_bot", watch=("ada", "demo"))) as running:
+        yield running
+
+
+def test_a_command_starts_a_job_and_is_answered(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    bot = commanded_bot
+    repo_id, sha = push_adapter("ada/commanded")
+    with commented(api, repo_id, "@merge-adapter merge --dtype float32") as event:
+        assert send(bot.webhook_url, event)[0] == 202
+    settled(bot, eventually)
+    job = list_jobs(bot.queue.store)[0]
+    assert (job.request.revision, job.request.requested_by) == (sha, "ada")
+    assert job.request.options.dtype.value == "float32" and job.request.source is Source.COMMENT
+    number = event["discussion"]["num"]
+    answers = eventually(lambda: said(api, repo_id, number), seconds=20)
+    assert f"job {job.id}" in answers[0] and "queued" in answers[0]
+    bot.queue.cancel(job.id, reason="enough <b>")
+    answers = eventually(lambda: said(api, repo_id, number)[1:], seconds=20)
+    assert "was cancelled" in answers[0] and "<b>" not in answers[0]
+
+
+def test_a_stranger_is_told_no(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    """Who may not write to the repository starts nothing; a text forged in the payload does not help."""
+    bot = commanded_bot
+    repo_id, _ = push_adapter("ada/not-yours")
+    with commented(api, repo_id, "@merge-adapter merge", token="hf_stranger") as event:
+        send(bot.webhook_url, event)
+    settled(bot, eventually)
+    assert "only those who may write" in said(api, repo_id, event["discussion"]["num"])[0]
+    with commented(api, repo_id, "nothing at all") as event:
+        forged = {**event, "comment": {**event["comment"], "content": "@merge-adapter merge"}}
+        send(bot.webhook_url, forged)
+    assert settled(bot, eventually)[-1] == "no command in the comment"
+    assert jobs(bot) == []
+
+
+def test_a_bad_command_is_answered_with_what_is_wrong(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    bot = commanded_bot
+    repo_id, _ = push_adapter("ada/misspelt")
+    for text, answer in (
+        ("@merge-adapter merge --dtype int4", "expected one of"),
+        ("@merge-adapter merge --target-repo stranger/loot", "belongs to somebody else"),
+    ):
+        with commented(api, repo_id, text) as event:
+            send(bot.webhook_url, event)
+        settled(bot, eventually)
+        assert answer in said(api, repo_id, event["discussion"]["num"])[0]
+    assert jobs(bot) == []
+
+
+def test_members_of_an_organisation_may_command(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    bot = commanded_bot
+    repo_id, _ = push_adapter("demo/of-the-team")
+    with commented(api, repo_id, "@merge-adapter verify demo/of-the-team-merged") as event:
+        send(bot.webhook_url, event)
+    settled(bot, eventually)
+    job = list_jobs(bot.queue.store)[0]
+    assert (job.request.kind, job.request.options.merged) == (JobKind.VERIFY, "demo/of-the-team-merged")
+
+
+def test_the_hub_down_for_a_while_loses_nothing(
+    tmp_path: Path, make_settings: Any, lm_adapter: Path, send: Any, push_event: Any, eventually: Any
+) -> None:
+    """Events accepted while the Hub is away are looked up when it is back."""
+    from huggingface_hub import HfApi
+
+    from localhub.process import LocalHub
+
+    with LocalHub(tmp_path / "hub", tokens={"ada": "hf_ada"}) as hub:
+        api = HfApi(endpoint=hub.url, token="hf_ada")
+        api.create_repo("ada/patient")
+        sha = api.upload_folder(repo_id="ada/patient", folder_path=lm_adapter).oid
+        with start(make_settings(hub.url, tmp_path / "bot")) as bot:
+            hub.stop()
+            assert send(bot.webhook_url, push_event("ada/patient", sha))[0] == 202
+            eventually(lambda: bot.queue.store.read("SELECT failures FROM events")[0][0] > 0, seconds=60)
+            assert jobs(bot) == []
+            hub.start()
+            settled(bot, eventually)
+            assert jobs(bot) == [("ada/patient", sha, JobState.QUEUED)]
+
+
+def test_a_full_disk_is_said_and_the_event_can_come_again(
+    bot: RunningBot, send: Any, push_event: Any, eventually: Any
+) -> None:
+    store = bot.queue.store
+    pages = store.read("PRAGMA page_count")[0][0]
+    store.write(lambda db: db.execute(f"PRAGMA max_page_count = {pages}") and None)
+    statuses = []
+    for number in range(3000):
+        event = push_event(f"ada/{'x' * 60}-{number}", f"{number:040x}")
+        statuses.append(send(bot.webhook_url, event)[0])
+        if statuses[-1] != 202:
+            break
+    assert statuses[-1] == 503
+    store.write(lambda db: db.execute("PRAGMA max_page_count = 1000000") and None)
+    assert send(bot.webhook_url, event)[0] == 202
+
+
+def test_a_burst_of_1000_webhooks_loses_none(
+    bot: RunningBot, push_event: Any, send: Any, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is stored before its answer; the time of the answers is reported, not judged."""
+    seconds: list[float] = []
+
+    def one(number: int) -> int:
+        begun = time.perf_counter()
+        status, _ = send(bot.webhook_url, push_event(f"ada/burst-{number}", f"{number:040x}"))
+        seconds.append(time.perf_counter() - begun)
+        return status
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = list(pool.map(one, range(1000)))
+    assert statuses == [202] * 1000
+    stored = bot.queue.store.read("SELECT count(*) FROM events WHERE repo_id LIKE 'ada/burst-%'")[0][0]
+    assert stored == 1000
+    p99 = statistics.quantiles(seconds, n=100)[98]
+    record_property("p99_seconds", round(p99, 4))
+    with capsys.disabled():
+        print(f"\n1,000 webhooks: p50 {statistics.median(seconds) * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms")
+
+
+def test_health_and_metrics(bot: RunningBot, send: Any, push_event: Any) -> None:
+    send(bot.webhook_url, push_event("ada/x", "a" * 40), "forged")
+    health = json.loads(urlopen(f"{bot.url}/health").read())
+    assert health["status"] == "ok" and health["problems"] == []
+    text = urlopen(f"{bot.url}/metrics").read().decode()
+    assert 'merge_adapter_webhooks_total{outcome="refused"} 1' in text
+    assert "merge_adapter_webhook_seconds_count 1" in text
+    for line in text.splitlines():
+        assert line.startswith("# ") or len(line.split()) == 2
+
+
+def test_one_server_per_folder_and_per_port(bot: RunningBot, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="another bot"), start(bot.settings):
+        pass
+    other = replace(bot.settings, data=tmp_path / "other")
+    with pytest.raises(InputError, match="cannot listen"), start(other):
+        pass
+
+
+def test_the_probe_tells_a_working_bot_from_another(
+    bot: RunningBot, push_adapter: Any, eventually: Any
+) -> None:
+    """`webhook test`: forged refused, harmless ignored, a real push accepted; wrong secrets and silence are told."""
+    repo_id, sha = push_adapter("ada/probed")
+    hub = Hub(bot.settings.endpoint, "hf_ada")
+    checks = probe(bot.webhook_url, bot.settings, adapter=repo_id, hub=hub)
+    assert [check.passed for check in checks] == [True] * 3
+    settled(bot, eventually)
+    assert jobs(bot) == [(repo_id, sha, JobState.QUEUED)]
+    other = replace(bot.settings, webhook_secret="another")
+    assert [check.passed for check in probe(bot.webhook_url, other, adapter=None, hub=None)] == [True, False]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = free.getsockname()[1]
+    with pytest.raises(HubError, match="does not answer"):
+        probe(f"http://127.0.0.1:{nobody}/webhook", bot.settings, adapter=None, hub=None)
