@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -471,6 +472,14 @@ def test_a_folder_that_changed_is_not_published(world, sources) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         put(world, merged)
     assert not world.hub("ann").exists(f"{sources[0]}-merged")
+
+
+def test_a_verdict_that_is_not_the_reports_is_refused(world, sources) -> None:
+    """Whoever calls: what failed is not published as passed."""
+    merged = world.merged(*sources)
+    failed = merged.judged(Verdict.FAIL)
+    with pytest.raises(InputError, match="the report says fail"):
+        put(world, replace(failed, verification=merged.verification))
 
 
 def test_nothing_to_publish_is_asked_for(world, sources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ def folder(tmp_path: Path) -> Path:
     (place / "sub").mkdir(parents=True)
     (place / "config.json").write_bytes(b"{}")
     (place / "sub" / "weights.bin").write_bytes(b"weights")
-    (place / "merge_report.json").write_bytes(b"{}")
     (place / "secret.txt").write_bytes(b"not listed")
     return place
 
@@ -30,7 +30,9 @@ def report(folder: Path, *paths: str) -> dict[str, Any]:
         content = (folder / path).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         files.append({"path": path, "bytes": len(content), "sha256": digest, "origin": "written"})
-    return {"output": {"files": files}}
+    written = {"output": {"files": files}}
+    (folder / "merge_report.json").write_text(json.dumps(written))
+    return written
 
 
 def test_only_listed_files_and_the_report_are_published(folder: Path) -> None:
@@ -61,6 +63,17 @@ def test_a_report_cannot_name_files_outside_the_folder(folder: Path, path: str) 
     bad = {"output": {"files": [{"path": path, "bytes": 0, "sha256": "0" * 64, "origin": "written"}]}}
     with pytest.raises(InputError, match="not a path inside"):
         check_contents(folder, bad, Silent())
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", None])
+def test_another_report_in_the_folder_is_refused(folder: Path, content: str | None) -> None:
+    """What is uploaded as the report is the one that everything was checked by."""
+    written = report(folder, "config.json")
+    (folder / "merge_report.json").unlink()
+    if content is not None:
+        (folder / "merge_report.json").write_text(content)
+    with pytest.raises(InputError, match="not the report"):
+        check_contents(folder, written, Silent())
 
 
 def test_a_link_that_leads_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from merge_adapter.errors import InputError
 from merge_adapter.publish.licences import read_licence
 from merge_adapter.publish.settings import PublishSettings
-from merge_adapter.report.document import REPORT_FILE
+from merge_adapter.report.document import REPORT_FILE, dump
 from merge_adapter.types import Progress
 
 _BLOCK = 4 << 20
@@ -51,7 +52,7 @@ def check_contents(folder: Path, report: Mapping[str, Any], progress: Progress) 
             f"{folder} is not what its {REPORT_FILE} describes: {shown}",
             hint="Nothing was published. Merge again; a folder is published only as the gate judged it.",
         )
-    return (*files, _report_file(root))
+    return (*files, _report_file(root, report))
 
 
 def check_card(folder: Path, settings: PublishSettings) -> None:
@@ -116,7 +117,17 @@ def _compare(root: Path, place: Path, entry: Mapping[str, Any], advance: Any) ->
     return ""
 
 
-def _report_file(root: Path) -> LocalFile:
+def _report_file(root: Path, report: Mapping[str, Any]) -> LocalFile:
+    """The report as it lies in the folder, which must be the one that is published by."""
     place = root / REPORT_FILE
-    content = place.read_bytes()
+    content = place.read_bytes() if place.is_file() else b""
+    try:
+        same = json.loads(content) == json.loads(dump(report))
+    except ValueError:
+        same = False
+    if not same:
+        raise InputError(
+            f"{place} is not the report that this folder is published by",
+            hint="Nothing was published. Merge again; reports are not edited.",
+        )
     return LocalFile(REPORT_FILE, place, len(content), sha256_of([content]))

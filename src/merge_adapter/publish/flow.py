@@ -141,6 +141,10 @@ def publish(
         settings = prepare_folder(report, settings, hub=hub)
     assert settings.target is not None
     check_card(folder, settings)
+    if report["verification"]["verdict"] != verification.verdict.value:
+        raise InputError(
+            f"the report says {report['verification']['verdict']}, the gate {verification.verdict}"
+        )
     if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD:
         progress.note(f"Nothing is published: the verdict is {verification.verdict.value}.")
         return None
