@@ -1,6 +1,7 @@
 """The base checkpoint as a merge sees it: which tensors it has, and how to open them.
 
-Headers only until it is opened. A base stored quantised is refused here, before any work.
+Headers only until it is opened. A base stored quantised is refused here, before any work, unless it is to be
+dequantised.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_adapter.checkpoint.layout import Layout, find_layout
+from merge_adapter.checkpoint.quantized import dequantized
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import TensorSpec, Weights
-from merge_adapter.types import BaseModel, MergeSettings
+from merge_adapter.types import BaseModel, MergeSettings, QuantizedBase
 
 if TYPE_CHECKING:
     from merge_adapter.checkpoint.reader import StoredWeights
@@ -41,19 +43,32 @@ class BaseFiles:
     """Edits of config.json that come with the way the base is read; None removes a key."""
 
 
-def read_base(base: BaseModel, settings: MergeSettings) -> BaseFiles:  # noqa: ARG001 - see quantised bases
-    """Read the headers of a base. Raises BaseModelError for one that is stored quantised."""
+def read_base(base: BaseModel, settings: MergeSettings) -> BaseFiles:
+    """Read the headers of a base.
+
+    Raises BaseModelError for one that is stored quantised, unless the settings say to dequantise it.
+    """
     quantization = base.config.get("quantization_config")
-    if quantization:
+    if quantization and settings.quantized_base is not QuantizedBase.DEQUANTIZE:
         method = (
             quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
         )
         raise BaseModelError(
             f"The base {base.repository.origin} is stored quantised ({method}); a merge into it would round the"
             " update away.",
-            hint="Name the 16-bit original with --base-model.",
+            hint="Name the 16-bit original with --base-model, or merge into the dequantised weights with"
+            " --quantized-base dequantize.",
         )
     layout = find_layout(base.repository)
+    if quantization:
+        plain = dequantized(base, layout)
+        return BaseFiles(
+            plain.layout,
+            plain.layout.specs,
+            lambda: plain.open(base),
+            notes=("The base is stored quantised; the reference is its dequantised form.",),
+            config_changes={"quantization_config": None},
+        )
 
     def open_stored() -> StoredWeights:
         from merge_adapter.checkpoint.reader import StoredWeights  # imports torch

@@ -31,6 +31,8 @@ class WeightFile:
     header: Header
     """For a pickled file: what its header would be; offsets mean nothing there."""
     pickled: bool = False
+    derived: bool = False
+    """Whether its tensors are computed from those in the file, so that copying it would not do."""
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -71,7 +71,7 @@ def index_text(shards: Iterable[OutputShard], metadata: Mapping[str, Any]) -> by
 
 def _shard(file: WeightFile, specs: list[TensorSpec], *, touched: bool) -> OutputShard:
     path = _safetensors_name(file.path) if file.pickled else file.path
-    if not touched and not file.pickled and tuple(specs) == file.specs:
+    if not touched and not file.pickled and not file.derived and tuple(specs) == file.specs:
         return OutputShard(path, file.bytes, tuple(specs), FileOrigin.COPIED, file.path, file.header.metadata)
     metadata = file.header.metadata or {"format": "pt"}
     size = build_header(specs, metadata)[1].file_bytes
