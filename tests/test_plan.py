@@ -278,6 +278,21 @@ def test_names_from_the_wild_are_repaired_and_it_is_said(place: Any, old: str, n
     assert not clean.notes
 
 
+@pytest.mark.parametrize("new", ["model.model.", "wrapped.model."])
+def test_a_component_too_many_is_dropped_when_only_that_fits(place: Any, new: str) -> None:
+    """Saved from inside another module; the repair is complete and the note says so."""
+    clean = make_plan(place(lora(Q, V)), MergeSettings())
+    tensors = {
+        key.replace("base_model.model.model.", f"base_model.model.{new}"): t for key, t in lora(Q, V).items()
+    }
+    sources = place(tensors)
+    folder = sources.base.repository.origin.folder
+    assert folder is not None
+    wild = make_plan(Resolved(sources.adapters, BaseModel(Folder(folder), CONFIG), None), MergeSettings())
+    assert wild.changes == clean.changes
+    assert any("only so do they fit" in note for note in wild.notes)
+
+
 # --------------------------------------------------------------------------------------------- several adapters
 
 

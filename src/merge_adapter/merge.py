@@ -19,7 +19,6 @@ from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import index_text
 from merge_adapter.checkpoint.writer import storage_errors
 from merge_adapter.errors import InputError
-from merge_adapter.methods.adapter_file import read_adapter
 from merge_adapter.plan import MergePlan
 from merge_adapter.shards import Work
 from merge_adapter.types import (
@@ -53,7 +52,7 @@ def merge(
     began = time.monotonic()
     with ExitStack() as stack:
         base = stack.enter_context(read_base(sources.base, settings).open())
-        adapters = [stack.enter_context(read_adapter(adapter).open()) for adapter in sources.adapters]
+        adapters = [stack.enter_context(file.open()) for file in plan.adapters]
         task = stack.enter_context(progress.task("merge", plan.bytes_written))
         work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task, _device(device))
         stack.callback(work.abandon)

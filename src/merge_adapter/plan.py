@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from merge_adapter.accounting import account, check_together
 from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
-from merge_adapter.methods.adapter_file import read_adapter
+from merge_adapter.errors import AccountingError, UnmergeableError
+from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
-from merge_adapter.methods.change import Change, Kind, Planned
+from merge_adapter.methods.change import Change, Kind, Planned, TensorSpec
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import MergeSettings, Resolved, Strategy
@@ -70,6 +72,8 @@ class MergePlan:
     index_metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json; None removes the key."""
+    adapters: tuple[AdapterFile, ...] = field(default=(), repr=False)
+    """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,18 +99,17 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     """
     files_of_base = read_base(sources.base, settings)
     layout, base = files_of_base.layout, files_of_base.specs
-    files = [read_adapter(adapter) for adapter in sources.adapters]
-    planned: list[Planned] = []
     notes = list(files_of_base.notes)
     config_changes = dict(files_of_base.config_changes)
-    consumed = 0
-    for file in files:
-        adapter, about_config = check_config(file.adapter)
-        made = plan_adapter(sources, settings, adapter, file.specs, base)
+    files: list[AdapterFile] = []
+    planned: list[Planned] = []
+    for adapter in sources.adapters:
+        checked, about_config = check_config(adapter)
+        file, made = _plan_reading(sources, settings, read_adapter(checked), base)
+        files.append(file)
+        planned.append(made)
         notes.extend((*file.notes, *about_config, *made.notes))
         config_changes.update(made.config_changes)
-        consumed += account(file.specs, made.changes)
-        planned.append(made)
     check_together([(file.adapter, made.changes) for file, made in zip(files, planned, strict=True)])
     steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
     dropped = {name for made in planned for name in made.dropped}
@@ -125,7 +128,8 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         steps=steps,
         outputs=outputs,
         adapter_tensors=sum(len(file.specs) for file in files),
-        consumed=consumed,
+        consumed=sum(len(change.consumes) for made in planned for change in made.changes),
+        adapters=tuple(files),
         bytes_read=layout.bytes + sum(file.layout.bytes for file in files),
         bytes_written=total,
         bytes_changed=sum(final[name].nbytes for name in written),
@@ -136,6 +140,32 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         config_changes=config_changes,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _plan_reading(
+    sources: Resolved, settings: MergeSettings, file: AdapterFile, base: Mapping[str, TensorSpec]
+) -> tuple[AdapterFile, Planned]:
+    """Plan and account for one adapter; where nothing of it fits, under the one other reading of its names that does."""
+    try:
+        return file, _plan_whole(sources, settings, file, base)
+    except AccountingError as error:
+        if set(error.tensors) != set(file.stored):
+            raise
+        fitting = []
+        for reading in other_readings(file):
+            with suppress(UnmergeableError):
+                fitting.append((reading, _plan_whole(sources, settings, reading, base)))
+        if len(fitting) != 1:
+            raise
+        return fitting[0]
+
+
+def _plan_whole(
+    sources: Resolved, settings: MergeSettings, file: AdapterFile, base: Mapping[str, TensorSpec]
+) -> Planned:
+    made = plan_adapter(sources, settings, file.adapter, file.specs, base)
+    account(file.specs, made.changes)
+    return made
 
 
 def _memory(steps: tuple[Step, ...]) -> int:

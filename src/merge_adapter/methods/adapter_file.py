@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merge_adapter.checkpoint.layout import Layout, find_layout
@@ -70,6 +70,34 @@ def read_adapter(adapter: Adapter) -> AdapterFile:
         )
     stored, notes = repair_names(layout.specs)
     return AdapterFile(adapter, layout, stored, notes)
+
+
+def other_readings(file: AdapterFile) -> tuple[AdapterFile, ...]:
+    """The file with a path component too few or too many taken for a mistake of whoever saved it.
+
+    Only for an adapter that does not fit as it is, and only to be trusted when exactly one reading fits whole.
+    """
+    stored_as = {name.removeprefix(PREFIX): stored for name, stored in file.stored.items()}
+    first = {path.partition(".")[0] for path in stored_as}
+    readings = []
+    if len(first) == 1:
+        (extra,) = first
+        shorter = {PREFIX + path.partition(".")[2]: stored for path, stored in stored_as.items()}
+        readings.append((shorter, f"leading {extra}. removed"))
+    longer = {f"{PREFIX}model.{path}": stored for path, stored in stored_as.items()}
+    readings.append((longer, "leading model. added"))
+    return tuple(
+        replace(
+            file,
+            stored=stored,
+            notes=(
+                *file.notes,
+                f"All {len(stored)} adapter tensor names were repaired: {what}; only so do they fit.",
+            ),
+        )
+        for stored, what in readings
+        if len(stored) == len(file.stored)
+    )
 
 
 def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
