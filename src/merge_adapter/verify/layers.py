@@ -26,8 +26,8 @@ from merge_adapter.verify.rounding import UNIT32, half_ulp
 VECTORS = 16
 """Random inputs per layer."""
 
-SAMPLED_ROWS = 64
-"""Rows from which the rounding error of a weight is predicted."""
+SAMPLED_RUNS, RUN = 4, 16
+"""The rounding error of a weight is predicted from this many runs of this many rows, spread over it."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,20 @@ def _predicted(
 ) -> float:
     """What one rounding of the weight to `dtype` and two fp32 forward passes leave, on average."""
     rows = update.shape[0]
-    picked = sorted(set(torch.linspace(0, rows - 1, min(SAMPLED_ROWS, rows)).long().tolist()))
+    last = max(0, rows - RUN)
     square = mass = 0.0
-    for row in picked:
-        target = update.target_rows(row, row + 1, torch.float64)
+    seen = 0
+    for start in sorted({last * run // (SAMPLED_RUNS - 1) for run in range(SAMPLED_RUNS)}):
+        stop = min(start + RUN, rows)
+        target = update.target_rows(start, stop, torch.float64)
         # an error spread evenly over [-h, h] has mean square h^2 / 3
-        own = half_ulp(target, dtype).square().sum() / 3 + update.product_error(row, row + 1).square().sum()
+        own = half_ulp(target, dtype).square().sum() / 3 + update.product_error(start, stop).square().sum()
         if allow_cast:
-            own = own + update.cast_error(row, row + 1, dtype).square().sum()
+            own = own + update.cast_error(start, stop, dtype).square().sum()
         square += float(own)
         mass += float(target.square().sum())
-    square, mass = square * rows / len(picked), mass * rows / len(picked)
+        seen += stop - start
+    square, mass = square * rows / seen, mass * rows / seen
     if not inputs.is_floating_point():
         # a lookup reads one row and adds nothing up
         return math.sqrt(square / rows + (UNIT32 * _size(truth)) ** 2)

@@ -22,8 +22,8 @@ from merge_adapter.verify.weights import Agreement, blocks, judge_update
 SAMPLED = 3
 """Tensors a fault is tried on: the first, the middle and the last that the adapter changes."""
 
-LARGEST = 1 << 24
-"""Elements of a tensor above which a mutant is made on its first rows only."""
+LARGEST = 1 << 20
+"""Elements of a tensor above which a mutant is made on its first rows only, and not put to the modules part."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class Outcome:
     fault: str
     tried: int = 0
     weights: int = 0
+    """Of the tensors tried, how many the weights part caught."""
+    layers: int = 0
     modules: int = 0
-    """Of the tensors tried, how many the part caught."""
+    """Of the layers tried, how many the modules part caught."""
     outputs: bool | None = None
     """Whether the outputs part caught it in the whole model; None when it was not asked."""
     missed: list[str] = field(default_factory=list)
@@ -71,11 +73,8 @@ class Outcome:
     @property
     def caught_by(self) -> list[str]:
         """Parts that caught the fault wherever it was tried."""
-        parts = [
-            name
-            for name, count in (("weights", self.weights), ("modules", self.modules))
-            if count == self.tried
-        ]
+        parts = ["weights"] if 0 < self.tried == self.weights else []
+        parts += ["modules"] if 0 < self.layers == self.modules else []
         return [*parts, "outputs"] if self.outputs else parts
 
     def as_json(self) -> dict[str, Any]:
@@ -100,7 +99,8 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
             outcome.tried += 1
             in_weights, in_modules = _caught(mutant, name, expected, storage, seed)
             outcome.weights += in_weights
-            outcome.modules += in_modules
+            outcome.layers += in_modules is not None
+            outcome.modules += bool(in_modules)
             if not in_weights:
                 outcome.missed.append(name)
         outcomes.append(outcome)
@@ -109,8 +109,8 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
 
 def _caught(
     mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int
-) -> tuple[bool, bool]:
-    """Whether the weights part and the modules part catch `mutant` on one tensor."""
+) -> tuple[bool, bool | None]:
+    """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked."""
     update = expected.updates[name]
     part = _Head(update)
     faulty = torch.cat(
@@ -120,9 +120,9 @@ def _caught(
     in_weights = judge_update("mutant", faulty, part).agreement is Agreement.WRONG
     layer = expected.layers.get(name)
     if layer is None or part.shape != update.shape:
-        return in_weights, False
+        return in_weights, None
     judged = judge_layer(name, layer, faulty, None, update, seed=seed, allow_cast=False)
-    return in_weights, judged is not None and not judged.ratio <= 1
+    return in_weights, None if judged is None else not judged.ratio <= 1
 
 
 def faulty_rows(

@@ -18,8 +18,8 @@ from merge_adapter.verify.oracle import Update, as_matrix
 from merge_adapter.verify.rounding import half_ulp, rounded
 from merge_adapter.verify.storage import same_bytes
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements of one row block: 1 MB in fp32, so that a block stays in the processor's cache."""
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of one row block: half a MB in fp32, so that a block stays in the processor's cache."""
 
 
 class Agreement(StrEnum):
@@ -167,7 +167,9 @@ def _judge_block(sums: _Sums, merged: Tensor, update: Update, start: int, stop: 
     base = update.base_rows(start, stop, work)
     target = update.target_rows(start, stop, work)
     once = rounded(target, storage)
-    if not same_bytes(once, merged):
+    if same_bytes(once, merged):
+        once = merged
+    else:
         if fast:
             target64 = update.target_rows(start, stop, torch.float64)
             once = rounded(target64, storage)
@@ -176,7 +178,7 @@ def _judge_block(sums: _Sums, merged: Tensor, update: Update, start: int, stop: 
         _count_errors(sums, merged, once, target64, update, start, stop)
     change = merged.to(work) - base
     delta = target - base
-    kept = once.to(work) - base
+    kept = change if once is merged else once.to(work) - base
     error = merged.to(work) - target
     sums.ww += _dot(base, base)
     sums.dd += _dot(delta, delta)
