@@ -348,13 +348,7 @@ def test_an_interrupt_stops_the_workers_and_leaves_nothing(case: Case) -> None:
     progress = Interrupting(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         case.run(progress=progress, threads=2)
-    assert_no_partial(case.root / "out")
-
-
-def assert_no_partial(folder: Path) -> None:
-    """Whole files may have been finished before; none is half there, and no worker lives on."""
-    assert not [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge-")]
+    assert_nothing_is_left(case.root / "out")
 
 
 def test_an_error_in_a_worker_is_raised_and_leaves_nothing(case: Case) -> None:
@@ -365,7 +359,7 @@ def test_an_error_in_a_worker_is_raised_and_leaves_nothing(case: Case) -> None:
 
     with pytest.raises(ValueError, match="boom"):
         case.run(progress=Interrupting(fail), threads=3)
-    assert_no_partial(case.root / "out")
+    assert_nothing_is_left(case.root / "out")
 
 
 def test_a_disk_that_fills_up_is_a_storage_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +378,7 @@ def test_a_disk_that_fills_up_is_a_storage_error(case: Case, monkeypatch: pytest
     with pytest.raises(StorageError, match="is full") as caught:
         case.run(threads=2)
     assert "merge-adapter plan" in caught.value.hint
-    assert_no_partial(case.root / "out")
+    assert_nothing_is_left(case.root / "out")
 
 
 def test_a_base_cut_after_planning_is_malformed(case: Case) -> None:
@@ -397,7 +391,7 @@ def test_a_base_cut_after_planning_is_malformed(case: Case) -> None:
     os.truncate(shard, shard.stat().st_size - 5000)
     with pytest.raises(MalformedError):
         merge(plan, sources, case.root / "out", settings=settings, progress=Silent())
-    assert_no_partial(case.root / "out")
+    assert_nothing_is_left(case.root / "out")
 
 
 def test_sources_are_never_changed(case: Case) -> None:

@@ -45,7 +45,7 @@ def merge(
     """Write the weight files of `plan`, and their index, into the existing empty folder `destination`.
 
     The same bytes come out for any number of threads. Files have temporary names until they are whole; when
-    something fails, or the user interrupts, the workers are stopped, their files removed, and the error is
+    something fails, or the user interrupts, the workers are stopped, all files removed, and the error is
     raised: MalformedError for input that changed or breaks off, StorageError for a full disk, InputError for a
     device that this machine does not have.
     """
@@ -55,12 +55,15 @@ def merge(
         adapters = [stack.enter_context(file.open()) for file in plan.adapters]
         task = stack.enter_context(progress.task("merge", plan.bytes_written))
         work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task, _device(device))
-        stack.callback(work.abandon)
         stack.enter_context(_one_torch_thread())
-        run_jobs(work.queues(), threads=threads or _cores(), stop=work.stop)
-        files = work.files()
-        if plan.index is not None:
-            files += (_write_index(plan, destination),)
+        try:
+            run_jobs(work.queues(), threads=threads or _cores(), stop=work.stop)
+            files = work.files()
+            if plan.index is not None:
+                files += (_write_index(plan, destination),)
+        except BaseException:
+            work.abandon()
+            raise
         return MergeResult(
             files=files,
             seconds=time.monotonic() - began,

@@ -145,7 +145,7 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
 def _plan_reading(
     sources: Resolved, settings: MergeSettings, file: AdapterFile, base: Mapping[str, TensorSpec]
 ) -> tuple[AdapterFile, Planned]:
-    """Plan and account for one adapter; where nothing of it fits, under the one other reading of its names that does."""
+    """Plan and account for one adapter; where nothing of it fits, under the one other reading that does."""
     try:
         return file, _plan_whole(sources, settings, file, base)
     except AccountingError as error:

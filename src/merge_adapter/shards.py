@@ -168,9 +168,11 @@ class Work:
         return {**found, **self._module_retained}
 
     def abandon(self) -> None:
-        """Remove unfinished files."""
+        """Remove every file written so far, finished ones included. No job may be running."""
         for shard in self._shards.values():
             shard.abandon()
+        for planned in self._plan.outputs:
+            (self._destination / planned.path).unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------- making jobs
 
