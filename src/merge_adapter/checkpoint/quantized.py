@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from merge_adapter.checkpoint.reader import StoredWeights
 
 _ORIGINAL = "Name the 16-bit original with --base-model."
+_LEFTOVERS = ("weight_format", "input_scale", "output_scale", "activation_scale", "input_zero_point")
+"""Tensors beside a quantised weight that say how to run it, and nothing about its values."""
 _DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -116,6 +118,7 @@ def dequantized(base: BaseModel, stored: Layout) -> Dequantized:
         raise BaseModelError(
             f"The base's config says {method}, but none of its tensors is stored so.", hint=_ORIGINAL
         )
+    found = {name: _with_leftovers(name, recipe, specs) for name, recipe in found.items()}
     left = [
         name
         for name, spec in specs.items()
@@ -127,6 +130,12 @@ def dequantized(base: BaseModel, stored: Layout) -> Dequantized:
         raise BaseModelError(f"{left[0]} is stored in FP8 without a scale beside it.", hint=_ORIGINAL)
     dtype = _DTYPES.get(str(base.config.get("dtype") or base.config.get("torch_dtype")), "BF16")
     return Dequantized(_plain_layout(stored, found, dtype), stored, found, dtype)
+
+
+def _with_leftovers(name: str, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Recipe:
+    module = name.rpartition(".")[0]
+    extra = tuple(f"{module}.{part}" for part in _LEFTOVERS if f"{module}.{part}" in specs)
+    return recipe.using(extra) if extra else recipe
 
 
 def _plain_layout(stored: Layout, recipes: Mapping[str, Recipe], dtype: str) -> Layout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_adapter.errors import MalformedError
@@ -20,6 +20,10 @@ _MX_BIAS = 127
 
 class Recipe(Protocol):
     """How one dequantised tensor is made."""
+
+    def using(self, extra: tuple[str, ...]) -> Recipe:
+        """The same with more stored tensors used up, none of them needed."""
+        ...
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -43,6 +47,9 @@ class Scaled:
     block: tuple[int, int]
     divisor: float = 1.0
     """What the scales are to be divided by."""
+
+    def using(self, extra: tuple[str, ...]) -> Scaled:
+        return replace(self, uses=(*self.uses, *extra))
 
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         import torch
@@ -99,6 +106,9 @@ class Block4:
     nested_blocksize: int | None
     nested_offset: float
 
+    def using(self, extra: tuple[str, ...]) -> Block4:
+        return replace(self, uses=(*self.uses, *extra))
+
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         import torch
 
@@ -139,6 +149,9 @@ class Packed:
     shape: tuple[int, ...]
     bits: int
 
+    def using(self, extra: tuple[str, ...]) -> Packed:
+        return replace(self, uses=(*self.uses, *extra))
+
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         import torch
 
@@ -160,6 +173,9 @@ class Mx4:
 
     uses: tuple[str, ...]
     shape: tuple[int, ...]
+
+    def using(self, extra: tuple[str, ...]) -> Mx4:
+        return replace(self, uses=(*self.uses, *extra))
 
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         import torch
