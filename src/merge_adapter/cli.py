@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,7 +151,7 @@ def verify(
     sources, verification = verify_merged(
         merged,
         _source(adapter, base_model, base_revision, subfolder),
-        _gate(settings, device, probe_tokens, probes),
+        replace(_gate(settings, device, probe_tokens, probes), full_mutants=mutants),
         hub=_hub(),
         progress=_progress(json=json, quiet=quiet),
         subfolder=merged_subfolder,
