@@ -39,6 +39,7 @@ from merge_adapter.verify.loading import (
     stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
+from merge_adapter.verify.provenance import judge_provenance
 from merge_adapter.verify.sentences import MODULES, source_of
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint
@@ -101,6 +102,7 @@ class Gate:
             base = load_base(folder, kind, files, dtype=dtype, trust_remote_code=trust)
             adapted = adapt(base.model, self.sources, files)
         self._adapter_findings(adapted)
+        self.findings += judge_provenance(self.sources)
         expected = expectations(adapted.model, self.sources, files)
         self.findings += [undecided("adapter", "", text) for text in expected.disagreements]
         merged = self._load_merged(kind)

@@ -23,6 +23,7 @@ from merge_adapter.verify.loading import AdapterFile, Kind, load_base
 from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
 from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
+from merge_adapter.verify.provenance import judge_likelihood, likelihood
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
@@ -211,6 +212,16 @@ class Interview:
             "findings": [str(finding) for finding in found],
         }
 
+    def _likelihood(self, arms: Arms, probes: Probes) -> None:
+        """How well base + adapter and base alone predict the probes: a sign of a foreign base."""
+        ids, mask = probes.batch.ids, probes.batch.mask
+        reference, base = likelihood(arms.reference, ids, mask), likelihood(arms.base, ids, mask)
+        self.evidence["outputs"]["nats_per_token"] = {
+            "adapted": float(f"{reference:.4g}"),
+            "base": float(f"{base:.4g}"),
+        }
+        self.findings += judge_likelihood(reference, base, int(arms.reference.shape[-1]))
+
     def _outputs(self, probes: Probes | None, arms: Arms | None, merged: Merged) -> None:
         if merged.error:
             text = f"the merged model could not be run on its own: {merged.error}"
@@ -230,3 +241,5 @@ class Interview:
             )
             self.findings += part.findings
             self.evidence["outputs"] = {"verdict": str(verdict(part.findings)), **part.evidence}
+            if self.subject.kind is Kind.CAUSAL and probes.source == "text":
+                self._likelihood(arms, probes)
