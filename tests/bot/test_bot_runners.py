@@ -1,0 +1,373 @@
+"""Jobs elsewhere: on Hugging Face Jobs (run by the embedded Hub as processes) and on GitHub Actions."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_adapter.bot.jobs import Job, JobKind, JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.queue import Hold, Queue
+from merge_adapter.bot.rows import find_job
+from merge_adapter.bot.runners.base import REPORT_FILE, Interrupted, Watch, arguments_of, outcome_of
+from merge_adapter.bot.runners.flavours import choose_flavour, estimate
+from merge_adapter.bot.settings import BotSettings, RunnerKind
+from merge_adapter.bot.store import Store
+from merge_adapter.bot.vault import open_vault
+from merge_adapter.bot.worker import Worker, queue_for, runner_for
+from merge_adapter.errors import InputError
+from merge_adapter.hub import Hub
+from merge_adapter.hub.jobs import Flavour, amount, hardware
+
+CHEAP = Flavour("cpu-basic", 16 * 10**9, 50 * 10**9, gpu=False, dollars_per_hour=0.01)
+LARGE = Flavour("cpu-xl", 124 * 10**9, None, gpu=False, dollars_per_hour=1.0)
+
+
+def test_the_cheapest_hardware_that_fits_is_chosen() -> None:
+    def chosen(wanted: str = "auto", **needs: int) -> str:
+        return choose_flavour((LARGE, CHEAP), wanted, **{"memory": 1, "disk": 1, **needs}).name
+
+    assert chosen() == "cpu-basic"
+    assert chosen(memory=15 * 10**9) == "cpu-xl"  # the runtime takes room too
+    assert chosen(disk=60 * 10**9) == "cpu-xl"
+    assert chosen("cpu-xl") == "cpu-xl"
+    with pytest.raises(InputError, match="no hardware"):
+        chosen(memory=500 * 10**9)
+    with pytest.raises(InputError, match="no hardware 'moon'"):
+        chosen("moon")
+    assert 0 < estimate(CHEAP, 10**9) < estimate(CHEAP, 10**11) < estimate(LARGE, 10**11)
+    assert (amount("16 GB"), amount("1.5 TB"), amount("N/A")) == (16 * 10**9, 1_500 * 10**9, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "document", "state", "message"),
+    [
+        (0, {"verification": {"verdict": "pass", "reasons": []}}, JobState.DONE, ""),
+        (0, None, JobState.FAILED, "without a report"),
+        (
+            4,
+            {"verification": {"verdict": "fail", "reasons": ["q_proj is off"]}},
+            JobState.REJECTED,
+            "q_proj is off",
+        ),
+        (
+            3,
+            {"error": {"type": "MethodError", "message": "no merge", "hint": ""}},
+            JobState.REFUSED,
+            "no merge",
+        ),
+        (6, {"error": {"type": "PolicyError", "message": "gated", "hint": ""}}, JobState.REFUSED, "gated"),
+        (5, {"error": {"type": "HubError", "message": "away", "hint": ""}}, JobState.FAILED, "away"),
+        (5, {"error": {"type": "RefusedError", "message": "403", "hint": ""}}, JobState.REFUSED, "403"),
+        (1, {}, JobState.FAILED, "last line"),
+        (-9, {}, JobState.FAILED, "signal 9"),
+        (130, {}, JobState.FAILED, "last line"),
+    ],
+)
+def test_exit_codes_become_outcomes(code: int, document: Any, state: JobState, message: str) -> None:
+    outcome = outcome_of(code, document, last_line="last line")
+    assert outcome.state is state and message in outcome.message
+
+
+def test_arguments_carry_choices_and_no_secret(tmp_path: Path) -> None:
+    store = Store(tmp_path / "db")
+    queue = Queue(store)
+    options = JobOptions("meta/x", private=True, license="mit", target_repo="ada/y")
+    queue.submit(JobRequest("ada/x", "a" * 40, Source.PAGE, options=options, token=b"s", subfolder="lora"))
+    lease = queue.claim("w")
+    assert lease is not None
+    arguments = arguments_of(lease.job, BotSettings(token="hf_x", allow_base=("meta/*",)), device="cuda:1")
+    assert " ".join(arguments) == (
+        ["run", f"ada/x@{'a' * 40}", "--allow-base", "meta/*", "--private", "--subfolder", "lora"]
+        + [
+            "--base-model",
+            "meta/x",
+            "--target-repo",
+            "ada/y",
+            "--license",
+            "mit",
+            "--device",
+            "cuda:1",
+            "--json",
+        ]
+    )
+    store.close()
+
+
+@pytest.fixture
+def jobs_hub(tmp_path: Path, lm_base: Path, lm_adapter: Path) -> Iterator[tuple[Any, str]]:
+    """A Hub that runs jobs, with base and adapter; the commit of the adapter."""
+    from huggingface_hub import HfApi
+
+    from localhub.process import LocalHub
+
+    users = {"ada": "hf_ada", "merge-bot": "hf_merge_bot"}
+    with LocalHub(tmp_path / "hub", users, {"demo": ["ada"]}, options=["--run-jobs"]) as hub:
+        api = HfApi(endpoint=hub.url, token="hf_ada")
+        for repo_id, folder in (("demo/pydoc-llama", lm_base), ("ada/remote", lm_adapter)):
+            api.create_repo(repo_id)
+            sha = api.upload_folder(repo_id=repo_id, folder_path=folder).oid
+        yield hub, sha
+
+
+def test_a_merge_on_hugging_face_jobs(
+    jobs_hub: Any, tmp_path: Path, make_settings: Any, eventually: Any
+) -> None:
+    """Flavour from the plan, token as a secret, log followed, report read back; and a worker that comes later
+    follows the same job instead of paying for a second."""
+    hub, sha = jobs_hub
+    settings = make_settings(
+        hub.url, tmp_path / "bot", runner=RunnerKind.HF_JOBS, jobs_image="merge-adapter:test", workers=1
+    )
+    client = Hub(hub.url, "hf_ada")
+    assert hardware(client)[0].name == "cpu-basic"
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        job_id = queue.submit(JobRequest("ada/remote", sha, Source.BACKFILL)).job_id
+        first = Worker(queue, runner_for(settings), settings, open_vault(settings))
+        first.start()
+        eventually(lambda: find_job(store, job_id).remote)
+        first.stop()
+        waiting = find_job(store, job_id)
+        assert waiting is not None and waiting.state is JobState.QUEUED and waiting.remote
+        second = Worker(queue, runner_for(settings), settings, open_vault(settings))
+        second.start()
+        eventually(lambda: not find_job(store, job_id).open, seconds=200)
+        second.stop()
+        job = find_job(store, job_id)
+    assert job is not None and (job.state, job.verdict, job.message) == (JobState.DONE, "pass", "")
+    report = json.loads((settings.job_folder(job_id) / REPORT_FILE).read_text())
+    assert report["adapter"]["revision"] == sha
+    (remote,) = client.api.list_jobs(namespace="ada")
+    assert remote.flavor == "cpu-basic" and remote.id == job.remote
+    assert "hf_ada" not in json.dumps([remote.command, remote.environment])
+    assert set(remote.secrets or {}) == {"HF_TOKEN"}
+    log = (settings.job_folder(job_id) / "log.txt").read_text()
+    assert "hardware cpu-basic, about $" in log and "following job" in log and '"result"' not in log
+
+
+def test_a_cancelled_job_is_cancelled_there(
+    jobs_hub: Any, tmp_path: Path, make_settings: Any, eventually: Any
+) -> None:
+    hub, sha = jobs_hub
+    settings = make_settings(
+        hub.url, tmp_path / "bot", runner=RunnerKind.HF_JOBS, jobs_image="x", jobs_flavor="cpu-basic"
+    )
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        job_id = queue.submit(JobRequest("ada/remote", sha, Source.PAGE)).job_id
+        worker = Worker(queue, runner_for(settings), replace(settings, workers=1), open_vault(settings))
+        worker.start()
+        eventually(lambda: find_job(store, job_id).remote)
+        queue.cancel(job_id, reason="not needed")
+        eventually(lambda: not find_job(store, job_id).open)
+        worker.stop()
+        assert find_job(store, job_id).state is JobState.CANCELLED
+    (remote,) = Hub(hub.url, "hf_ada").api.list_jobs(namespace="ada")
+    assert str(getattr(remote.status.stage, "value", remote.status.stage)) == "CANCELED"
+
+
+# ------------------------------------------------------------------------------------------------ GitHub
+
+
+class _GitHub:
+    """The routes of GitHub's REST API that the runner uses, with a workflow that merges when dispatched.
+
+    As on GitHub, a dispatch is answered before its run exists, and names none.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self.dispatches: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
+        self.cancelled: list[int] = []
+        self._work = work
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                found = re.fullmatch(r"/repos/ada/ci/actions/runs(?:/(\d+))?(?:\?.*)?", self.path)
+                if found is None:
+                    self._answer(404, {"message": "Not Found"})
+                elif found[1]:
+                    self._answer(200, outer.runs[int(found[1]) - 1])
+                else:
+                    assert "event=repository_dispatch" in self.path and "created=%3E%3D2" in self.path
+                    self._answer(200, {"total_count": len(outer.runs), "workflow_runs": outer.runs[::-1]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+                if self.path == "/repos/ada/ci/dispatches":
+                    assert self.headers["Authorization"] == "token gh_secret"
+                    outer.dispatches.append(body)
+                    threading.Thread(target=outer._run, args=(body["client_payload"],)).start()
+                    self._answer(204, None)
+                else:
+                    outer.cancelled.append(int(self.path.split("/")[-2]))
+                    self._answer(202, {})
+
+            def _answer(self, status: int, body: Any) -> None:
+                raw = b"" if body is None else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def _run(self, payload: dict[str, Any]) -> None:
+        time.sleep(0.3)
+        number = len(self.runs) + 1
+        run = {
+            "id": number,
+            "display_title": f"merge {payload['adapter']} ({payload['job']})",
+            "html_url": f"{self.url}/ada/ci/actions/runs/{number}",
+            "url": f"{self.url}/repos/ada/ci/actions/runs/{number}",
+            "status": "in_progress",
+            "conclusion": None,
+        }
+        self.runs.append(run)
+        conclusion = self._work(payload)
+        run.update(status="completed", conclusion=conclusion)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def _github_job(tmp_path: Path, request: JobRequest) -> Job:
+    with Store(tmp_path / "db") as store:
+        queue = Queue(store)
+        queue.submit(request)
+        lease = queue.claim("w")
+        assert lease is not None
+        return lease.job
+
+
+def _run_on_github(settings: Any, job: Job, tmp_path: Path) -> tuple[Outcome | Interrupted, Watch]:
+    watch = Watch(tmp_path / "job", "")
+    try:
+        return runner_for(settings).run(job, settings.token, watch, slot=0), watch
+    finally:
+        watch.close()
+
+
+def test_a_merge_on_github_actions(hub: Any, tmp_path: Path, push_adapter: Any, make_settings: Any) -> None:
+    """Dispatched with adapter and commit, found by its title, and what it published read back from the Hub."""
+    from merge_adapter.bot.runners.local import LocalRunner
+
+    repo_id, sha = push_adapter("ada/on-github")
+    local = make_settings(hub.url, tmp_path / "bot")
+
+    def work(payload: dict[str, Any]) -> str:
+        """What the action does there: merge and publish with a token of its own."""
+        assert (payload["adapter"], payload["revision"]) == (repo_id, sha)
+        watch = Watch(tmp_path / "there", "hf_ada")
+        outcome = LocalRunner(local).run(job, "hf_ada", watch, slot=0)
+        watch.close()
+        return "success" if isinstance(outcome, Outcome) and outcome.exit_code == 0 else "failure"
+
+    job = _github_job(tmp_path, JobRequest(repo_id, sha, Source.WEBHOOK))
+    github = _GitHub(work)
+    settings = replace(
+        local,
+        runner=RunnerKind.GITHUB,
+        github_repository="ada/ci",
+        github_token="gh_secret",
+        github_api=github.url,
+    )
+    try:
+        outcome, watch = _run_on_github(settings, job, tmp_path)
+        assert isinstance(outcome, Outcome) and outcome.state is JobState.DONE and outcome.verdict == "pass"
+        assert outcome.publication is not None and outcome.publication["repo"] == f"{repo_id}-merged"
+        assert watch.remote == "1" and len(github.dispatches) == 1
+        assert github.dispatches[0]["event_type"] == "merge-adapter"
+        again, _ = _run_on_github(settings, replace(job, remote="1"), tmp_path)  # a worker that came later
+        assert isinstance(again, Outcome) and again.state is JobState.DONE and len(github.dispatches) == 1
+    finally:
+        github.close()
+
+
+def test_a_failed_run_and_what_cannot_run_there(tmp_path: Path, make_settings: Any) -> None:
+    github = _GitHub(lambda payload: "failure")
+    settings = replace(
+        make_settings("http://127.0.0.1:9", tmp_path / "bot"),
+        runner=RunnerKind.GITHUB,
+        github_repository="ada/ci",
+        github_token="gh_secret",
+        github_api=github.url,
+    )
+    try:
+        job = _github_job(tmp_path, JobRequest("ada/x", "a" * 40, Source.WEBHOOK))
+        outcome, _ = _run_on_github(settings, job, tmp_path)
+        assert (
+            isinstance(outcome, Outcome)
+            and outcome.state is JobState.FAILED
+            and "/actions/runs/1" in outcome.message
+        )
+        for request in (
+            replace(job.request, token=b"sealed"),
+            replace(job.request, kind=JobKind.VERIFY, options=JobOptions(merged="a/b")),
+        ):
+            with pytest.raises(InputError):
+                _run_on_github(settings, replace(job, request=request), tmp_path)
+        assert len(github.dispatches) == 1
+    finally:
+        github.close()
+
+
+@pytest.mark.parametrize("kind", [RunnerKind.GITHUB, RunnerKind.HF_JOBS])
+def test_a_runner_without_its_settings_is_refused_before_anything_starts(kind: RunnerKind) -> None:
+    with pytest.raises(InputError, match="needs the setting"):
+        runner_for(BotSettings(runner=kind))
+
+
+def test_a_lost_lease_stops_the_job_and_stores_nothing(
+    tmp_path: Path, make_settings: Any, eventually: Any
+) -> None:
+    """A worker that was paused for longer than its lease ends what it does, and another's outcome counts."""
+    settings = make_settings("http://127.0.0.1:9", tmp_path / "bot", workers=1, lease_seconds=0.8)
+    begun, ended = threading.Event(), threading.Event()
+
+    class Patient:
+        def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
+            begun.set()
+            watch.stop.wait(30)
+            ended.set()
+            return Outcome(JobState.DONE, 0)
+
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        job_id = queue.submit(JobRequest("ada/x", "a" * 40, Source.PAGE)).job_id
+        worker = Worker(queue, Patient(), settings, open_vault(settings))
+        worker.start()
+        begun.wait(10)
+        store.write(
+            lambda db: db.execute("UPDATE jobs SET owner = 'other', attempt = 2, lease_until = 9e9") and None
+        )
+        assert ended.wait(10)
+        time.sleep(0.3)
+        job = find_job(store, job_id)
+        assert job is not None and (job.state, job.owner) == (JobState.RUNNING, "other")
+        lease = replace(queue_lease(job), owner="other", attempt=2)
+        assert queue.finish(lease, Outcome(JobState.REJECTED, 4)) is Hold.HELD
+        worker.stop()
+
+
+def queue_lease(job: Job) -> Any:
+    from merge_adapter.bot.queue import Lease
+
+    return Lease(job, job.owner or "", job.attempt)
