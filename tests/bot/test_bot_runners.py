@@ -86,18 +86,8 @@ def test_arguments_carry_choices_and_no_secret(tmp_path: Path) -> None:
     assert lease is not None
     arguments = arguments_of(lease.job, BotSettings(token="hf_x", allow_base=("meta/*",)), device="cuda:1")
     assert " ".join(arguments) == (
-        ["run", f"ada/x@{'a' * 40}", "--allow-base", "meta/*", "--private", "--subfolder", "lora"]
-        + [
-            "--base-model",
-            "meta/x",
-            "--target-repo",
-            "ada/y",
-            "--license",
-            "mit",
-            "--device",
-            "cuda:1",
-            "--json",
-        ]
+        f"run ada/x@{'a' * 40} --allow-base meta/* --private --subfolder lora --base-model meta/x "
+        "--target-repo ada/y --license mit --device cuda:1 --json"
     )
     store.close()
 
