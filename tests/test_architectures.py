@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MethodError, PolicyError, UnmergeableError
@@ -279,6 +280,43 @@ def test_streamed_merge_equals_base_and_adapter(model_type: str, tmp_path: Path)
     for name, value in reference.state_dict().items():
         if name not in parted:
             assert float((state[name] - value).abs().max()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "bert", "mixtral"])
+def test_an_encoder_on_a_language_models_checkpoint(model_type: str, tmp_path: Path) -> None:
+    """Embedding adapters are trained on AutoModel: their paths lack the prefix that names on disk have."""
+    import transformers
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    auto = "AutoModelForMaskedLM" if model_type == "bert" else "AutoModelForCausalLM"
+    config = ENCODER if model_type == "bert" else EXPERTS
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    targets = ["query", "value"] if model_type == "bert" else ["q_proj", "v_proj"]
+    with quietly():
+        make_base(model_type, Family(config, auto), base)
+        model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+        lora = LoraConfig(
+            r=2, target_modules=targets, task_type="FEATURE_EXTRACTION", init_lora_weights=False
+        )
+        torch.manual_seed(6)
+        get_peft_model(model, lora).save_pretrained(adapter)
+        sources = resolved(base, adapter)
+        plan = make_plan(sources, MergeSettings())
+    output.mkdir()
+    merge(plan, sources, output, settings=MergeSettings(), progress=Silent())
+    write_config(base, output, plan.config_changes)
+    assert plan.consumed == plan.adapter_tensors == 8
+    assert {spec.name for shard in plan.outputs for spec in shard.tensors} == set(
+        load_file(base / "model.safetensors")
+    )
+    with quietly():
+        tokens = {"input_ids": torch.arange(3, 11)[None]}
+        plain = transformers.AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+        merged = transformers.AutoModel.from_pretrained(output, dtype=torch.float32).eval()
+        with torch.no_grad():
+            got = merged(**tokens).last_hidden_state
+            expected = PeftModel.from_pretrained(plain, adapter).eval()(**tokens).last_hidden_state
+    assert float((got - expected).abs().max()) <= OUTPUT_TOLERANCE * float(expected.abs().max())
 
 
 def tied_names(model: Any) -> set[str]:

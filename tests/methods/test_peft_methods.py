@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from merge_adapter.errors import MethodError
 from merge_adapter.methods.change import Kind
 from merge_adapter.methods.table import METHODS, Way, find_method
-from merge_adapter.types import Strategy
+from merge_adapter.plan import make_plan
+from merge_adapter.types import MergeSettings, Strategy
 
 LINEAR = ["q_proj", "v_proj", "down_proj", "up_proj"]
 FUSED = ["c_attn", "c_proj"]
@@ -163,10 +166,28 @@ def test_lora_in_memory_equals_peft(bench: Callable[..., Any], tmp_path: Path) -
     assert gaps(merged, expected) == {}
 
 
+def test_streaming_on_demand_is_refused_where_it_cannot_be(bench: Callable[..., Any]) -> None:
+    made = bench("FROD", **CASES["frod"][1])
+    assert "all layers together" in made.plan().strategy_reason
+    with pytest.raises(MethodError, match="cannot be streamed") as caught:
+        made.plan(Strategy.STREAM)
+    assert "--strategy" in caught.value.hint
+
+
+def test_weights_of_several_adapters_are_for_lora(bench: Callable[..., Any]) -> None:
+    """Half of a rotation is not a rotation: other methods take no weight."""
+    made = bench("OFT", **CASES["oft"][1])
+    sources = made.sources
+    half = replace(sources, adapters=(replace(sources.adapter, weight=0.5),))
+    with pytest.raises(MethodError, match=r"weight 0\.5"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_plan(half, MergeSettings())
+
+
 def test_a_plan_runs_twice_alike(bench: Callable[..., Any], tmp_path: Path) -> None:
     """The layers return to what they were, so one plan can be run again."""
     from merge_adapter.merge import merge
-    from merge_adapter.types import MergeSettings, Silent
+    from merge_adapter.types import Silent
 
     made = bench("IA3", **CASES["ia3"][1])
     plan, files = made.plan(), []

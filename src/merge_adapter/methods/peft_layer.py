@@ -53,6 +53,11 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
     check_sizes(context.config, context.tensors)
     adapted = adapt(ghostly(names.model), context.config)
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)
+    if way is Way.MEMORY and context.settings.strategy is Strategy.STREAM:
+        raise MethodError(
+            f"This adapter cannot be streamed: {reason}.",
+            hint="Leave out --strategy stream; the merge then loads the base.",
+        )
     if context.adapter.weight != 1.0:
         raise MethodError(
             f"A {method.title} adapter cannot be merged with weight {context.adapter.weight}; only LoRA can.",

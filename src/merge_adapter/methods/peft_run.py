@@ -105,7 +105,9 @@ class Session:
 
     def _alone(self, path: str, values: Mapping[str, Tensor], adapter: Weights) -> Layer:
         """PEFT's layer for one module, initialised from its real weight."""
-        original = next(layer.base for layer in self.adapted.layers() if layer.path == path)
+        if not self._layers:
+            self._layers = {layer.path: layer for layer in self.adapted.layers()}
+        original = self._layers[path].base
         module = copy.copy(original)
         module._parameters = dict(original._parameters)
         real = {name: values[f"{path}.{name}"] for name in module._parameters if f"{path}.{name}" in values}
