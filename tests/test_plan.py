@@ -252,6 +252,19 @@ def test_a_quantised_base_is_refused(place: Any) -> None:
     assert "--base-model" in caught.value.hint
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_refused(place: Any, tmp_path: Path, value: float) -> None:
+    """A diverged training run is no model; nothing is left of the merge."""
+    tensors = lora(Q, V)
+    tensors[f"base_model.model.{V}.lora_B.weight"][3, 1] = value
+    sources = place(tensors)
+    plan = make_plan(sources, MergeSettings())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MalformedError, match=r"v_proj\.weight holds NaN or infinity"):
+        merge(plan, sources, tmp_path / "out", settings=MergeSettings(), progress=Silent())
+    assert not list((tmp_path / "out").iterdir())
+
+
 # -------------------------------------------------------------------------------------------- names repaired
 
 

@@ -298,7 +298,7 @@ class Work:
             self._task.advance(rounded.nbytes)
             if compare:
                 before = as_rows(self._base.read_rows(name, row, row + block.shape[0])).float()
-                retained.add(row, *kept_and_asked(before, rounded.float(), block.float() - before))
+                retained.add(row, *kept_and_asked(name, before, rounded.float(), block.float() - before))
         if compare and (value := retained.value()) is not None:
             with self._lock:
                 self._module_retained[name] = value

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from merge_adapter.errors import MalformedError
 from merge_adapter.methods.blocks import block_rows
-from merge_adapter.methods.change import RowChange, RowKernel, Weights
+from merge_adapter.methods.change import Kind, RowChange, RowKernel, Weights
+from merge_adapter.methods.sums import SumsKernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +77,8 @@ class RowRun:
         self.kernels: tuple[RowKernel, ...] = tuple(
             change.arithmetic.kernel(adapter) for change, adapter in zip(changes, adapters, strict=True)
         )
+        if len(self.kernels) > 1 and all(change.kind is Kind.ADDITIVE for change in changes):
+            self.kernels = (SumsKernel(self.kernels),)
         for kernel in self.kernels:
             kernel.to(device)
 
@@ -116,7 +120,7 @@ class RowRun:
                 rounded.copy_(merged)
             emit(row, rounded.cpu())
             back = merged if dtype == torch.float32 else scratch.take("back", *block.shape).copy_(rounded)
-            self.retained.add(row, *kept_and_asked(block, back, update))
+            self.retained.add(row, *kept_and_asked(self._spec.name, block, back, update))
 
     def _blocks(
         self, scratch: Scratch, start: int, stop: int, check: Callable[[], None]
@@ -141,11 +145,20 @@ class RowRun:
         return self._spec.shape[0] if self._spec.shape else 1
 
 
-def kept_and_asked(before: Tensor, after: Tensor, update: Tensor) -> tuple[float, float]:
-    """`<M-W, D>` and `<D, D>` of one block; overwrites `after`. All float32 of one shape."""
+def kept_and_asked(name: str, before: Tensor, after: Tensor, update: Tensor) -> tuple[float, float]:
+    """`<M-W, D>` and `<D, D>` of one block of the tensor `name`; overwrites `after`. All float32 of one shape.
+
+    Raises MalformedError for an update that is not finite, on rows of the base that are.
+    """
     torch.sub(after, before, out=after)
     flat = update.reshape(-1)
-    return float(torch.dot(after.reshape(-1), flat)), float(torch.dot(flat, flat))
+    kept, asked = float(torch.dot(after.reshape(-1), flat)), float(torch.dot(flat, flat))
+    if not math.isfinite(asked) and not torch.isfinite(update).all() and torch.isfinite(before).all():
+        raise MalformedError(
+            f"The adapter's update of {name} holds NaN or infinity; nothing sensible can be merged.",
+            hint="The training diverged, or the file was damaged; use an earlier checkpoint.",
+        )
+    return kept, asked
 
 
 def change_whole(tensor: Tensor, kernel: RowKernel) -> Tensor:
