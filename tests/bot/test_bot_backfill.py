@@ -1,0 +1,117 @@
+"""Catching up with 200 adapters: the table, what is carried out, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from merge_adapter.bot.rows import list_jobs
+from merge_adapter.bot.store import Store
+
+MANY = 200
+UNMERGEABLE = 10
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, lm_base: Path, lm_adapter: Path) -> Iterator[Any]:
+    """A Hub on which `acme` has 200 tiny adapters, ten of them without a base, and one repository that is none."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from localhub.process import LocalHub
+
+    config = json.loads((lm_adapter / "adapter_config.json").read_text()) | {
+        "r": 2,
+        "target_modules": ["q_proj"],
+    }
+    width = json.loads((lm_base / "config.json").read_text())["hidden_size"]
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    torch.manual_seed(0)
+    weights = save(
+        {
+            f"{prefix}.lora_A.weight": torch.randn(2, width) / width,
+            f"{prefix}.lora_B.weight": torch.randn(width, 2) / 2,
+        }
+    )
+    place = tmp_path_factory.mktemp("many")
+    with LocalHub(place / "hub", {"ada": "hf_ada"}, {"demo": ["ada"], "acme": ["ada"]}) as hub:
+        api = HfApi(endpoint=hub.url, token="hf_ada")
+        api.create_repo("demo/pydoc-llama")
+        api.upload_folder(repo_id="demo/pydoc-llama", folder_path=lm_base)
+
+        def push(number: int) -> None:
+            repo_id = f"acme/tiny-{number:03}"
+            api.create_repo(repo_id)
+            base = "nobody/gone" if number < UNMERGEABLE else "demo/pydoc-llama"
+            text = json.dumps(config | {"base_model_name_or_path": base}).encode()
+            files = {"adapter_config.json": text, "adapter_model.safetensors": weights}
+            added = [CommitOperationAdd(name, content) for name, content in files.items()]
+            api.create_commit(repo_id, added, commit_message="train")
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(push, range(MANY)))
+        api.create_repo("acme/plain")
+        yield hub
+
+
+def backfill(hub: Any, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MERGE_ADAPTER_BOT_ENDPOINT": hub.url, "MERGE_ADAPTER_BOT_TOKEN": "hf_ada"}
+    return subprocess.run(
+        [sys.executable, "-m", "merge_adapter", "backfill", "--data", str(data), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_200_adapters_are_looked_at_and_two_of_them_done(many: Any, tmp_path: Path) -> None:
+    """Dry by default; what is carried out is up to date the next time, and nothing is done twice."""
+    dry = backfill(many, tmp_path / "bot", "--author", "acme", "--json")
+    assert dry.returncode == 0, dry.stderr
+    found = json.loads(dry.stdout)
+    assert Counter(one["state"] for one in found["adapters"]) == {
+        "to do": MANY - UNMERGEABLE,
+        "refused": UNMERGEABLE,
+    }
+    assert found["jobs"] == [] and all(
+        "nobody/gone" in one["note"] for one in found["adapters"][:UNMERGEABLE]
+    )
+    todo = found["adapters"][-1]
+    assert todo["id"] == "acme/tiny-199" and todo["bytes_written"] > todo["bytes_uploaded"] > 0
+    assert not (tmp_path / "bot").exists()
+    names = tmp_path / "names.txt"
+    names.write_text(
+        "# two to do, one that cannot be done\nacme/tiny-100\nacme/tiny-101  # second\nacme/tiny-001\n"
+    )
+    done = backfill(many, tmp_path / "bot", "--file", str(names), "--go", "--parallel", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    assert [(job["adapter"], job["state"]) for job in jobs] == [
+        ("acme/tiny-100", "done"),
+        ("acme/tiny-101", "done"),
+    ]
+    again = backfill(many, tmp_path / "bot", "--file", str(names), "--go")
+    assert again.returncode == 0 and "2 up to date, 1 refused" in again.stdout
+    assert "nothing was to do" in again.stdout
+    with Store(tmp_path / "bot" / "bot.sqlite3") as store:
+        assert len(list_jobs(store)) == 2
+
+
+def test_what_cannot_be_read_is_said(many: Any, tmp_path: Path) -> None:
+    nothing = backfill(many, tmp_path / "bot")
+    assert nothing.returncode == 2 and "nothing was named" in nothing.stderr
+    names = tmp_path / "names.txt"
+    names.write_text("../etc/passwd\n")
+    bad = backfill(many, tmp_path / "bot", "--file", str(names))
+    assert bad.returncode == 2 and "not a Hub id" in bad.stderr
