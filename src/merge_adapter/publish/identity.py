@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_adapter.report.document import settings_entry, source_entry
+from merge_adapter.report.document import combination_entry, settings_entry, source_entry
 from merge_adapter.types import FileOrigin, MergeSettings, Resolved, Verdict
 
 _MARKER = re.compile(
@@ -66,6 +66,8 @@ def identity_of_report(report: Mapping[str, Any], path_in_repo: str) -> Identity
     adapters = [_source(entry) for entry in report.get("adapters") or [report["adapter"]]]
     base = _source(report["base"])
     settings = {**report.get("settings", {}), "dtype": report["output"]["dtype"]}
+    if "combination" in report:
+        settings["combination"] = dict(report["combination"])
     pinned = all(source["revision"] for source in (*adapters, base))
     weights = [] if pinned else _weights(report["output"]["files"])
     return _identity(adapters, base, settings, weights, path_in_repo)
@@ -79,7 +81,9 @@ def identity_of_sources(sources: Resolved, settings: MergeSettings, path_in_repo
     base = _source(source_entry(sources.base.repository.origin))
     if not all(source["revision"] for source in (*adapters, base)):
         return None
-    chosen = {**settings_entry(settings), "dtype": settings.dtype.value}
+    chosen: dict[str, Any] = {**settings_entry(settings), "dtype": settings.dtype.value}
+    if len(sources.adapters) > 1:
+        chosen["combination"] = combination_entry(sources.combination)
     return _identity(adapters, base, chosen, [], path_in_repo)
 
 
