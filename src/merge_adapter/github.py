@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,7 @@ class GitHub:
             issue = self._find_issue(marker)
             if issue is None:
                 created = self._repo.create_issue(title=title, body=body)
+                self._own_issues.append(created)
                 return Posted(created.html_url, Operation.CREATED)
             if issue.body == body:
                 return Posted(issue.html_url, Operation.UNCHANGED)
@@ -188,6 +190,7 @@ class GitHub:
                 return None
             issue.create_comment(farewell)
             issue.edit(state="closed", state_reason="completed")
+            self._own_issues.remove(issue)
             return str(issue.html_url)
 
     def attach(self, release_id: int, path: Path, *, name: str) -> str:
@@ -242,8 +245,10 @@ class GitHub:
     def dispatched_runs(self, since: str) -> tuple[WorkflowRun, ...]:
         """Runs that a `repository_dispatch` started since a moment, in ISO 8601, the newest first."""
         with _calling("list workflow runs", "actions: read"):
-            runs = self._repo.get_workflow_runs(event="repository_dispatch", created=f">={since}")
-            return tuple(_workflow_run(run) for run in islice(runs, _LOOK_BACK))
+            runs = self._repo.get_workflow_runs(event="repository_dispatch")
+            begin = datetime.fromisoformat(since)
+            recent = takewhile(lambda run: run.created_at >= begin, islice(runs, _LOOK_BACK))
+            return tuple(_workflow_run(run) for run in recent)
 
     def workflow_run(self, run_id: int) -> WorkflowRun:
         """One run as it stands."""
@@ -259,16 +264,24 @@ class GitHub:
         return self._repo.get_release(release_id)
 
     def _find_issue(self, marker: str) -> Issue | None:
+        return next((issue for issue in self._own_issues if marker in (issue.body or "")), None)
+
+    @cached_property
+    def _own_issues(self) -> list[Issue]:
+        """Open issues that this account wrote; listed once, for a schedule asks for each of many adapters."""
         newest_first = self._repo.get_issues(state="open", sort="created", direction="desc")
-        for issue in islice(newest_first, _LOOK_BACK):
-            if issue.pull_request is None and _owned(issue, marker, self.login):
-                return issue
-        return None
+        return [
+            issue
+            for issue in islice(newest_first, _LOOK_BACK)
+            if issue.pull_request is None and issue.user is not None and issue.user.login == self.login
+        ]
 
 
 def _workflow_run(run: Any) -> WorkflowRun:
     ended = run.status == "completed"
-    return WorkflowRun(int(run.id), str(run.display_title), str(run.html_url), run.conclusion if ended else None)
+    return WorkflowRun(
+        int(run.id), str(run.display_title), str(run.html_url), run.conclusion if ended else None
+    )
 
 
 def shortened(text: str, limit: int = BODY_LIMIT, *, rest: str) -> str:

@@ -35,6 +35,9 @@ CALLS = CACHE / "calls.json"
 """The part of the description that holds `CALLED`: Prism starts in a third of the time."""
 CALLED = (
     "/zen",
+    "/repos/{owner}/{repo}/actions/runs",
+    "/repos/{owner}/{repo}/actions/runs/{run_id}",
+    "/repos/{owner}/{repo}/actions/runs/{run_id}/cancel",
     "/repos/{owner}/{repo}/check-runs",
     "/repos/{owner}/{repo}/compare/{basehead}",
     "/repos/{owner}/{repo}/dispatches",

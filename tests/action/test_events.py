@@ -21,7 +21,7 @@ FORK = {"id": 186853003, "full_name": "mallory/adapters", "default_branch": "mai
 def runner(name: str, event: dict[str, Any], sha: str = HEAD) -> Runner:
     return Runner(
         workspace=Path.cwd(), event_name=name, event=event, repository="octocat/adapters", sha=sha,
-        ref="refs/heads/main", server_url="https://github.com", api_url="https://api.github.com",
+        server_url="https://github.com", api_url="https://api.github.com",
         run_id="1", run_attempt="1", workflow="w", job="j", outputs=None, summary=None,
     )  # fmt: skip
 

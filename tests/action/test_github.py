@@ -133,12 +133,16 @@ def test_an_issue_is_opened_once_and_closed_when_it_is_over(
     }
     theirs = {**ours, "number": 10, "user": {"login": "mallory", "id": 1, "type": "User"}}
     github_api.answer("GET", "/repos/octocat/adapters/issues", 200, [theirs, ours])
+    github_api.answer("PATCH", "/repos/octocat/adapters/issues/9", 200, ours)
+    github = GitHub("ghs_token", "octocat/adapters", api_url=github_api.url)
     assert github.open_issue(MARKER, "t", f"{MARKER}\nwhy").operation is Operation.UNCHANGED
     assert github.open_issue(MARKER, "t", f"{MARKER}\nnow this").operation is Operation.UPDATED
     assert github.close_issue(MARKER, "It works again.") is not None
     closing = github_api.sent("PATCH", "/repos/octocat/adapters/issues/9")[-1]
     assert closing.body == {"state": "closed", "state_reason": "completed"}
     assert not github_api.sent("PATCH", "/repos/octocat/adapters/issues/10")
+    assert github.close_issue(MARKER, "It works again.") is None, "it is closed already"
+    assert len(github_api.sent("GET", "/repos/octocat/adapters/issues")) == 2, "listed once by each client"
 
 
 def test_a_release_gets_files_and_keeps_its_own_notes(
@@ -183,6 +187,16 @@ def test_a_dispatch_starts_the_workflow(github: GitHub, github_api: Any) -> None
     }
     with pytest.raises(InputError, match="at most 10 keys"):
         github.dispatch("merge-adapter", dict.fromkeys("abcdefghijk", 1))
+
+
+def test_the_run_of_a_dispatch_can_be_followed_and_stopped(github: GitHub, github_api: Any) -> None:
+    """What the bot does after a dispatch: find the run by its name, look at it, cancel it."""
+    (run,) = github.dispatched_runs("2020-01-22T00:00:00Z")
+    assert github.dispatched_runs("2026-11-23T00:00:00Z") == ()
+    assert run.title
+    assert github.workflow_run(run.id).id == run.id
+    github.cancel_run(run.id)
+    assert github_api.sent("POST", r".*/actions/runs/\d+/cancel")
 
 
 @pytest.mark.parametrize("status", [403, 404])

@@ -11,6 +11,13 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
+from merge_adapter.action.candidates import Candidate, find_candidates
+from merge_adapter.action.events import Named, Trigger
+from merge_adapter.action.inputs import Inputs
+from merge_adapter.action.results import OUTPUTS
+from merge_adapter.action.runner import read_runner
+from merge_adapter.hub import Hub
+
 HEAD = "ec26c3e57ca3a959ca5aad62de7213c562f8c821"
 REPOSITORY = {"id": 186853002, "full_name": "octocat/adapters", "default_branch": "main"}
 FORK = {"id": 186853003, "full_name": "mallory/adapters", "default_branch": "main"}
@@ -185,6 +192,53 @@ def test_a_pull_request_from_a_fork_is_merged_and_nothing_more(
         json.loads((step.workspace / step.outputs["report"]).read_text())["settings"]["trust_remote_code"]
         is False
     )
+
+
+def test_a_fork_cannot_borrow_any_identity(
+    act: Callable[..., Any],
+    hub: Any,
+    tokens: dict[str, str],
+    ada: HfApi,
+    workspace: Path,
+    lm_base: Path,
+    lm_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    """A private base that token, variable or stored login could open stays closed: nobody asks with them."""
+    ada.create_repo("ada/private-base", private=True, exist_ok=True)
+    ada.upload_file(
+        path_or_fileobj=lm_base / "config.json", path_in_repo="config.json", repo_id="ada/private-base"
+    )
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    (stored / "token").write_text(tokens["ada"])
+    step = act(
+        "pull_request",
+        pull_request(HEAD, HEAD, FORK),
+        inputs={"adapter": "adapter", "base-model": "ada/private-base", "hf-token": tokens["ada"]},
+        env={"HF_ENDPOINT": hub.url, "HF_TOKEN": tokens["ada"], "HF_HOME": str(stored)},
+    )
+    assert step.code == 2, step.log
+    assert "ada/private-base" in step.results[0]["error"]
+
+
+def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str], ada: HfApi) -> None:
+    """Those of several owners, in the collection's order; models that are no adapters are left out."""
+    for name, file in (("ada/shelf-adapter", "adapter_config.json"), ("ada/shelf-model", "config.json")):
+        ada.create_repo(name, exist_ok=True)
+        ada.upload_file(path_or_fileobj=b"{}", path_in_repo=file, repo_id=name)
+    collection = ada.create_collection("Best adapters", namespace="ada")
+    for name in ("ada/shelf-model", "ada/shelf-adapter"):
+        ada.add_collection_item(collection.slug, name, "model")
+    found = find_candidates(
+        Inputs(watch=collection.slug),
+        Trigger("schedule", Named(), scheduled=True),
+        read_runner({}),
+        hub=Hub(endpoint=hub.url, token=tokens["ada"]),
+        github=None,
+    )
+    assert found == (Candidate("ada/shelf-adapter", hub_only=True),)
 
 
 def test_a_pull_request_gets_a_comment_and_a_status_where_checks_are_closed(
@@ -363,19 +417,13 @@ def test_hostile_names_reach_no_command_no_output_and_no_markup(
     (error,) = [command for command in step.commands if command.name == "error"]
     assert "is neither a folder nor a Hub id" in error.data or "Hub id" in error.data
     assert step.outputs["verdict"] == "error"
-    assert set(step.outputs) == set(act_outputs())
+    assert set(step.outputs) == set(OUTPUTS)
     (check,) = github_api.sent("POST", ".*/check-runs")
     for text in (step.summary, check.body["output"]["summary"]):
         assert "<img" not in text.replace(f"``./{HOSTILE}``".replace("|", "\\|"), "").replace(
             f"``./{HOSTILE}``", ""
         )
         assert "<b>" not in text
-
-
-def act_outputs() -> tuple[str, ...]:
-    from merge_adapter.action.results import OUTPUTS
-
-    return OUTPUTS
 
 
 def test_a_kept_folder_is_a_model(

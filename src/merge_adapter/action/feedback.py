@@ -32,7 +32,8 @@ _NOTES_END = "<!-- /merge-adapter -->"
 class _Telling:
     """Calls that may fail without harm, and what is to be said about those that did."""
 
-    def __init__(self) -> None:
+    def __init__(self, masked: Callable[[str], str]) -> None:
+        self.masked = masked
         self.notes: list[str] = []
 
     def attempt(self, call: Callable[[], T], *, instead: Callable[[], object] | None = None) -> T | None:
@@ -54,17 +55,25 @@ class _Telling:
 
 
 def give_feedback(
-    results: Sequence[Result], *, trigger: Trigger, runner: Runner, github: GitHub | None
+    results: Sequence[Result],
+    *,
+    trigger: Trigger,
+    runner: Runner,
+    github: GitHub | None,
+    masked: Callable[[str], str],
 ) -> tuple[str, ...]:
-    """Tell GitHub, as far as the event has a place for it and the token may. Returns what is left to say."""
+    """Tell GitHub, as far as the event has a place for it and the token may. Returns what is left to say.
+
+    `masked` cuts secrets out of a text.
+    """
     if github is None:
         return ()
-    telling = _Telling()
+    telling = _Telling(masked)
     if trigger.sha is not None:
         for result in results:
             _check(telling, github, trigger.sha, result, runner)
     if trigger.pull_request is not None:
-        number, body = trigger.pull_request, _comment(results, runner)
+        number, body = trigger.pull_request, masked(_comment(results, runner))
         marker = _marker(runner, results)
         telling.attempt(lambda: github.comment(number, marker, f"{marker}\n{body}"))
     if trigger.release is not None:
@@ -80,8 +89,8 @@ def _check(telling: _Telling, github: GitHub, sha: str, result: Result, runner: 
     check = Check(
         name=f"merge-adapter: {_plain(result.candidate)}",
         conclusion=Conclusion.FAILURE if result.exit_code else _good(result),
-        title=summary.title(result),
-        summary=_fitting(summary.section(result), runner),
+        title=telling.masked(summary.title(result)),
+        summary=telling.masked(_fitting(summary.section(result), runner)),
         details_url=runner.run_url,
     )
     telling.attempt(lambda: github.check(sha, check), instead=lambda: github.status(sha, check))
@@ -106,7 +115,7 @@ def _release(
         for file in result.files if isinstance(result, Finished) else ():
             telling.attempt(partial(_attach, github, release, result, runner, Path(file)))
     start = f"<!-- merge-adapter: {_identity(runner)} -->"
-    text = "\n\n".join(("## Merged models", summary.overview(results)))
+    text = telling.masked("\n\n".join(("## Merged models", summary.overview(results))))
     telling.attempt(
         lambda: github.release_notes(
             release, start, _NOTES_END, _fitting(text, runner, limit=BODY_LIMIT // 2)
@@ -132,7 +141,7 @@ def _issue(telling: _Telling, github: GitHub, result: Result, runner: Runner) ->
         if isinstance(result, Failed)
         else f"was merged with the verdict {worst([result])}"
     )
-    body = f"{marker}\nThe scheduled run {runner.run_url} found:\n\n{summary.section(result)}"
+    body = f"{marker}\nThe scheduled run {runner.run_url} found:\n\n{telling.masked(summary.section(result))}"
     telling.attempt(lambda: github.open_issue(marker, f"{name} {what}", _fitting(body, runner)))
 
 

@@ -109,6 +109,11 @@ def _prepare(runner: Runner, log: Log) -> _Step:
     if runner.workspace.is_dir():
         os.chdir(runner.workspace)
     check_device(inputs.device)
+    if inputs.probes is not None and not inputs.probes.is_file():
+        raise InputError(
+            f"the input probes names {str(inputs.probes)!r}, which is no file of the workspace",
+            hint="Is the repository checked out? Put actions/checkout before this action.",
+        )
     hub = _hub(secrets)
     if inputs.publish is not PublishTo.NONE and not isinstance(wanted, Nothing):
         _check_credentials(secrets)
@@ -373,11 +378,14 @@ def _tell(step: _Step, done: Sequence[Result] | Nothing) -> int:
     if runner.outputs is not None:
         write_outputs(runner.outputs, ((name, log.masked(value)) for name, value in results.outputs(done)))
     with log.group("Tell GitHub"), log.foreign():
-        notes = give_feedback(done, trigger=step.trigger, runner=runner, github=step.github)
+        notes = give_feedback(
+            done, trigger=step.trigger, runner=runner, github=step.github, masked=log.masked
+        )
     for note in notes:
         log.line(note)
     if runner.summary is not None:
-        sections = [summary.section(result) for result in done]
+        sections = [summary.overview(done)] if len(done) > 1 else []
+        sections += [summary.section(result) for result in done]
         summary.write(runner.summary, [log.masked(text) for text in (*sections, *summary.notes(notes))])
     return results.exit_code(done)
 

@@ -28,7 +28,6 @@ class Runner:
     repository: str
     """owner/name of the repository whose workflow runs."""
     sha: str
-    ref: str
     server_url: str
     api_url: str
     run_id: str
@@ -54,7 +53,6 @@ def read_runner(environment: Mapping[str, str] | None = None) -> Runner:
         event=_event(given.get("GITHUB_EVENT_PATH", "")),
         repository=given.get("GITHUB_REPOSITORY", ""),
         sha=given.get("GITHUB_SHA", ""),
-        ref=given.get("GITHUB_REF", ""),
         server_url=given.get("GITHUB_SERVER_URL") or "https://github.com",
         api_url=given.get("GITHUB_API_URL") or API_URL,
         run_id=given.get("GITHUB_RUN_ID", ""),

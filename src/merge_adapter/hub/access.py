@@ -24,6 +24,8 @@ def token_situation(token: str | None) -> str:
     """Which credentials a call carries, for error messages: never the token itself."""
     if token is not None:
         return "the token that was passed"
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return "no token (HF_HUB_DISABLE_IMPLICIT_TOKEN is set)"
     if oidc_resource():
         return f"the Trusted Publisher token for {oidc_resource()} (HF_OIDC_RESOURCE)"
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
