@@ -74,6 +74,12 @@ class Good:
     sources: Resolved
     kind: str
 
+    def with_sources(self, merged: Path, adapter: Path | None = None, base: Path | None = None) -> Good:
+        """Another folder to judge, on another adapter or base."""
+        own = self.sources.adapter.repository.origin.folder, self.sources.base.repository.origin.folder
+        assert own[0] is not None and own[1] is not None
+        return Good(merged, resolved(adapter or own[0], base or own[1]), self.kind)
+
     def judge(self, merged: Path | None = None, **settings: Any) -> Verification:
         """The gate's answer, without the outputs part unless asked for."""
         chosen = VerifySettings(**{"outputs": False, **settings})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
-from merge_adapter.verify.findings import Finding, fault, note, warning
+from merge_adapter.verify.findings import Finding, fault, note, undecided, warning
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
 from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
@@ -156,8 +156,13 @@ def _remarks(tensors: Sequence[TensorEvidence]) -> Iterator[Finding]:
     if cast:
         text = f"the update was rounded to 16 bit before it was added in {len(cast)} tensors: a rounding, not an error"
         yield note("weights", "", text)
-    if not updates and not any(entry.kind == "replaced" for entry in tensors):
-        yield fault("weights", "", "the adapter changes no tensor of this model")
+    touched = [entry for entry in tensors if entry.kind != "kept"]
+    if not touched:
+        yield fault("weights", "", "the adapter reaches no tensor of this model")
+    elif not any(entry.effect > 0 for entry in touched):
+        yield undecided(
+            "weights", "", "the adapter's update is zero everywhere: the merge and the base are one model"
+        )
 
 
 def total_effect(tensors: Sequence[TensorEvidence]) -> float:
