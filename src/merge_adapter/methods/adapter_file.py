@@ -27,6 +27,7 @@ _LORA_NAMED = re.compile(
     r"(?P<part>\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector))"
     r"\.(?P<name>[^.]+)(?P<again>\.(?P=name))?(?P<leaf>\.weight|\.bias)?$"
 )
+_OWN_NAME = "the adapter's own name removed"
 _SAVED_NAMED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?=[^.])")
 
 
@@ -48,6 +49,16 @@ class AdapterFile:
             name: TensorSpec(name, found[stored].dtype, found[stored].shape)
             for name, stored in self.stored.items()
         }
+
+    @property
+    def bytes(self) -> int:
+        """Of its weight files."""
+        return self.layout.bytes
+
+    @property
+    def tensors(self) -> int:
+        """How many it holds."""
+        return len(self.stored)
 
     def open(self) -> StoredWeights:
         """The weights, under their repaired names."""
@@ -114,6 +125,7 @@ def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]
         fixed = name
         if len(saved_names) == 1 and (match := _SAVED_NAMED.search(name)) is not None:
             fixed = name[: match.start("name")] + name[match.end("name") + 1 :]
+            counts[_OWN_NAME] = counts.get(_OWN_NAME, 0) + 1
         for what, repair in _REPAIRS:
             after = repair(fixed)
             if after != fixed:
@@ -157,5 +169,5 @@ _REPAIRS = (
     ("segments of FSDP or torch.compile wrappers removed", _without_wrappers),
     ("missing prefix base_model.model. added", _with_prefix),
     ("doubled prefix base_model.model. removed", _one_prefix),
-    ("the adapter's own name removed", _without_lora_name),
+    (_OWN_NAME, _without_lora_name),
 )
