@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test lint bench container clean
+.PHONY: help demo test chromium lint bench soak container clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,7 +19,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the whole job on an embedded Hub: push, merge, verify, pull request
 	@$(BIN)/merge-adapter demo $(ARGS)
 
-test: $(STAMP) lint  ## lint, types, every test
+# The tests of the bot's page want a browser; without one they are skipped with that reason.
+chromium:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+	  || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null || true
+
+test: $(STAMP) lint chromium  ## lint, types, every test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
@@ -29,6 +34,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## timings and memory, into docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP)  ## kill the bot at random moments over 100 jobs, and count the pull requests (half an hour)
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 container: $(STAMP)  ## build the image without Docker and merge a model inside it (root, Debian, minutes)
 	$(BIN)/python scripts/container/build.py $(ARGS)

@@ -10,13 +10,30 @@ from enum import StrEnum
 from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import MergeAdapterError, RemoteError
-from merge_adapter.hub import Hub
+from merge_adapter.hub import Hub, HubRepository
 from merge_adapter.plan import make_plan
 from merge_adapter.publish import PublishSettings, find_published, prepare
 from merge_adapter.publish.policy import inspect
 from merge_adapter.publish.settings import Openness
 from merge_adapter.resolve import SourceRequest, resolve
 from merge_adapter.types import MergeSettings
+
+
+class _RememberingHub(Hub):
+    """A Hub that opens each repository once: thousands of adapters share a few bases."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.__dict__.update(hub.__dict__)
+        self._opened: dict[tuple[str, str | None, str], HubRepository] = {}
+
+    def open(self, repo_id: str, *, revision: str | None = None, subfolder: str = "") -> HubRepository:
+        key = (repo_id, revision, subfolder)
+        found = self._opened.get(key)
+        if found is None:
+            found = self._opened.setdefault(
+                key, super().open(repo_id, revision=revision, subfolder=subfolder)
+            )
+        return found
 
 
 class Standing(StrEnum):
@@ -70,8 +87,10 @@ def survey(
 ) -> tuple[Candidate, ...]:
     """Look at every adapter, several at a time; the result is in the order given. Failures are candidates too."""
 
+    remembering = _RememberingHub(hub)
+
     def look(repo_id: str) -> Candidate:
-        candidate = _look(repo_id, hub, settings)
+        candidate = _look(repo_id, remembering, settings)
         told(candidate)
         return candidate
 
