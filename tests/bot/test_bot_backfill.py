@@ -33,6 +33,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, lm_base: Path, lm_adapter: Pa
     config = json.loads((lm_adapter / "adapter_config.json").read_text()) | {
         "r": 2,
         "target_modules": ["q_proj"],
+        "layers_to_transform": [0],
     }
     width = json.loads((lm_base / "config.json").read_text())["hidden_size"]
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"

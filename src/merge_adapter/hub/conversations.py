@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import DiscussionComment
 
-from merge_adapter.errors import NotFoundError
+from merge_adapter.errors import HubError, NotFoundError
+from merge_adapter.hub.errors import status_of
 from merge_adapter.hub.session import once, repeat
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ def members(hub: Hub, organisation: str) -> frozenset[str]:
                 lambda: [user.username.lower() for user in hub.api.list_organization_members(organisation)],
                 hub.patience,
             )
-    except NotFoundError:
-        return frozenset()
+    except (HubError, NotFoundError) as error:
+        if _says_missing(error):
+            return frozenset()
+        raise
     return frozenset(listed)
 
 
@@ -70,6 +73,13 @@ def is_organisation(hub: Hub, name: str) -> bool:
     try:
         with hub.calling(f"look for the organisation {name}", repo_id=name):
             repeat(lambda: hub.api.get_organization_overview(name), hub.patience)
-    except NotFoundError:
-        return False
+    except (HubError, NotFoundError) as error:
+        if _says_missing(error):
+            return False
+        raise
     return True
+
+
+def _says_missing(error: Exception) -> bool:
+    """Whether the Hub answered 404: accounts, other than repositories, come without the Hub's own error code."""
+    return status_of(error) == 404

@@ -1,0 +1,88 @@
+"""The bot's commands, as a person types them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from merge_adapter.bot.server import RunningBot, start
+from merge_adapter.cli import run
+
+
+@pytest.fixture
+def environment(hub: Any, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "TOKEN": "hf_ada",
+        "WEBHOOK_SECRET": settings.webhook_secret,
+        "WATCH": "ada,demo,ada/one-repository",
+    }.items():
+        monkeypatch.setenv(f"MERGE_ADAPTER_BOT_{name}", value)
+
+
+@pytest.fixture
+def bot(settings: Any) -> Iterator[RunningBot]:
+    with start(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(list(arguments))
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def test_a_webhook_is_made_listed_tried_and_deleted(
+    environment: None, command: Any, bot: RunningBot, api: Any
+) -> None:
+    code, out, err = command("webhook", "create", bot.webhook_url)
+    assert code == 0, err
+    hook_id = out.split()[0]
+    assert "user ada" in out and "org demo" in out and "model ada/one-repository" in out
+    (made,) = [hook for hook in api.list_webhooks() if hook.id == hook_id]
+    assert made.url == bot.webhook_url and set(made.domains) == {"repo", "discussion"}
+    assert bot.webhook_url in command("webhook", "list")[1]
+    code, out, _ = command("webhook", "test", bot.webhook_url)
+    assert code == 0 and out.count("ok  ") == 2
+    assert command("webhook", "delete", hook_id)[:2] == (0, f"deleted {hook_id}\n")
+    code, _, err = command("webhook", "delete", hook_id)
+    assert code in (2, 5) and "error:" in err
+
+
+def test_a_bot_with_another_secret_fails_the_test(
+    environment: None, command: Any, bot: RunningBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGE_ADAPTER_BOT_WEBHOOK_SECRET", "another")
+    code, out, err = command("webhook", "test", bot.webhook_url)
+    assert code == 6 and "FAIL  a harmless event" in out and "does not answer as it should" in err
+
+
+def test_what_is_missing_is_said(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = command("webhook", "create", "https://bot.example/webhook")
+    assert code == 2 and "no webhook secret" in err
+    monkeypatch.setenv("MERGE_ADAPTER_BOT_WEBHOOK_SECRET", "s")
+    assert "no owner is watched" in command("webhook", "create", "https://bot.example/webhook")[2]
+    monkeypatch.setenv("MERGE_ADAPTER_BOT_RUNNER", "hf-jobs")
+    code, _, err = command("serve")
+    assert code == 2 and "jobs_image" in err
+
+
+def test_the_command_line_starts_without_the_bot() -> None:
+    """`--help` imports neither the web framework nor the Hub's client."""
+    heavy = "fastapi,uvicorn,jinja2,huggingface_hub,torch,sqlite3,cryptography"
+    script = (
+        "import sys, merge_adapter.cli as cli; cli.run(['--help']); "
+        f"print([name for name in '{heavy}'.split(',') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    for name in ("serve", "webhook", "backfill"):
+        assert name in done.stdout
