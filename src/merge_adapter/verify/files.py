@@ -53,6 +53,7 @@ def judge_files(
         findings = [
             *_index(found, held),
             *_strays(merged, found),
+            *_other_formats(merged),
             *_tensors(held, base, dtype, loose),
         ]
         total = sum((merged / file).stat().st_size for file in found.files)
@@ -108,8 +109,14 @@ def _strays(folder: Path, found: Layout) -> Iterable[Finding]:
             yield fault(
                 "files", path.name, "holds weights beside those the model loads: unmerged or stale ones"
             )
-        elif path.suffix in (".h5", ".msgpack", ".onnx", ".gguf", ".ot"):
-            yield warning("files", path.name, "weights in another format, which this gate does not judge")
+
+
+def _other_formats(folder: Path) -> Iterable[Finding]:
+    """Copies for other runtimes, wherever they lie: nobody has merged those."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite") and path.is_file():
+            text = "weights in another format, which this gate does not judge; were they made from the merged ones?"
+            yield warning("files", path.relative_to(folder).as_posix(), text)
 
 
 def _tensors(held: Checkpoint, base: Checkpoint, dtype: DType, loose: frozenset[str]) -> Iterable[Finding]:
