@@ -114,9 +114,13 @@ def _default_place(sources: Resolved) -> str:
 def _provenance(sources: Resolved, plan: MergePlan, report: Mapping[str, Any]) -> str:
     rows: list[tuple[str, str]] = []
     for adapter in sources.adapters:
-        weight = f", weight {adapter.weight:g}" if len(sources.adapters) > 1 else ""
+        weight = f", weight {adapter.weight:g}" if len(sources.adapters) > 1 or adapter.weight != 1 else ""
         rows.append(("Adapter", _pinned(adapter.repository.origin) + weight))
         rows.append(("Method", _method(adapter.method, adapter.config)))
+    if len(sources.adapters) > 1:
+        stated = {"type": sources.combination.type.value, **report.get("combination", {})}
+        settings = "".join(f", {name} {value}" for name, value in stated.items() if name != "type")
+        rows.append(("Combination", code(stated["type"]) + settings.replace("_", " ")))
     rows.append(("Base model", _pinned(sources.base.repository.origin)))
     if sources.tokenizer is not None:
         rows.append(("Tokenizer", _pinned(sources.tokenizer.origin)))

@@ -20,7 +20,18 @@ from merge_adapter import __version__
 from merge_adapter import options as opt
 from merge_adapter.bot.cli import add_commands
 from merge_adapter.errors import ExitCode, MergeAdapterError, NotEquivalentError
-from merge_adapter.types import DType, MergeSettings, OnFail, PublishTo, QuantizedBase, Strategy, Verdict
+from merge_adapter.types import (
+    Combination,
+    CombinationType,
+    DType,
+    MajoritySign,
+    MergeSettings,
+    OnFail,
+    PublishTo,
+    QuantizedBase,
+    Strategy,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +100,13 @@ def merge(
     base_model: opt.BaseModelOption = None,
     base_revision: opt.BaseRevision = None,
     subfolder: opt.Subfolder = "",
+    adapters: opt.MoreAdapters = None,
+    weights: opt.Weights = None,
+    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
+    density: opt.Density = None,
+    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
+    svd_rank: opt.SvdRank = None,
+    seed: opt.CombinationSeed = 0,
     dtype: opt.DTypeOption = DType.AUTO,
     device: opt.DeviceOption = "auto",
     strategy: opt.StrategyOption = Strategy.AUTO,
@@ -106,7 +124,9 @@ def merge(
 
     settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
     gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
-    source = _source(adapter, base_model, base_revision, subfolder)
+    combined = Combination(combination, density, majority_sign, svd_rank, seed)
+    named = (adapter, *(adapters or ()))
+    source = _source(named, weights, combined, base_model, base_revision, subfolder)
     merged = merge_to_folder(
         _request(source, settings, gate, device),
         output,
@@ -132,6 +152,12 @@ def verify(
     base_model: opt.BaseModelOption = None,
     base_revision: opt.BaseRevision = None,
     subfolder: opt.Subfolder = "",
+    weights: opt.Weights = None,
+    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
+    density: opt.Density = None,
+    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
+    svd_rank: opt.SvdRank = None,
+    seed: opt.CombinationSeed = 0,
     merged_subfolder: opt.MergedSubfolder = "",
     dtype: opt.DTypeOption = DType.AUTO,
     device: opt.DeviceOption = "auto",
@@ -148,9 +174,10 @@ def verify(
     from merge_adapter.report.terminal import show_mutants, show_verdict
 
     settings = MergeSettings(dtype=dtype, trust_remote_code=trust_remote_code)
+    combined = Combination(combination, density, majority_sign, svd_rank, seed)
     sources, verification = verify_merged(
         merged,
-        _source(adapter, base_model, base_revision, subfolder),
+        _source(tuple(adapter), weights, combined, base_model, base_revision, subfolder),
         replace(_gate(settings, device, probe_tokens, probes), full_mutants=mutants),
         hub=_hub(),
         progress=_progress(json=json, quiet=quiet),
@@ -173,6 +200,13 @@ def plan(
     base_model: opt.BaseModelOption = None,
     base_revision: opt.BaseRevision = None,
     subfolder: opt.Subfolder = "",
+    adapters: opt.MoreAdapters = None,
+    weights: opt.Weights = None,
+    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
+    density: opt.Density = None,
+    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
+    svd_rank: opt.SvdRank = None,
+    seed: opt.CombinationSeed = 0,
     dtype: opt.DTypeOption = DType.AUTO,
     strategy: opt.StrategyOption = Strategy.AUTO,
     quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
@@ -184,7 +218,9 @@ def plan(
     from merge_adapter.report.terminal import plan_document, show_plan
 
     settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
-    source = _source(adapter, base_model, base_revision, subfolder)
+    combined = Combination(combination, density, majority_sign, svd_rank, seed)
+    named = (adapter, *(adapters or ()))
+    source = _source(named, weights, combined, base_model, base_revision, subfolder)
     sources, planned = plan_merge(_request(source, settings, None, "cpu"), hub=_hub())
     if json:
         _print_json(plan_document(sources, planned))
@@ -206,6 +242,13 @@ def run_(
     base_model: opt.BaseModelOption = None,
     base_revision: opt.BaseRevision = None,
     subfolder: opt.Subfolder = "",
+    adapters: opt.MoreAdapters = None,
+    weights: opt.Weights = None,
+    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
+    density: opt.Density = None,
+    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
+    svd_rank: opt.SvdRank = None,
+    seed: opt.CombinationSeed = 0,
     dtype: opt.DTypeOption = DType.AUTO,
     device: opt.DeviceOption = "auto",
     strategy: opt.StrategyOption = Strategy.AUTO,
@@ -224,7 +267,9 @@ def run_(
 
     settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
     gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
-    source = _source(adapter, base_model, base_revision, subfolder)
+    combined = Combination(combination, density, majority_sign, svd_rank, seed)
+    named = (adapter, *(adapters or ()))
+    source = _source(named, weights, combined, base_model, base_revision, subfolder)
     publishing = PublishSettings(
         publish_to=publish,
         target_repo=target_repo,
@@ -319,10 +364,19 @@ def _options(
         raise typer.Exit
 
 
-def _source(adapter: str, base_model: str | None, base_revision: str | None, subfolder: str) -> SourceRequest:
+def _source(
+    adapters: tuple[str, ...],
+    weights: list[float] | None,
+    combination: Combination,
+    base_model: str | None,
+    base_revision: str | None,
+    subfolder: str,
+) -> SourceRequest:
     from merge_adapter.resolve import SourceRequest
 
-    return SourceRequest((adapter,), (), base_model, base_revision, subfolder)
+    return SourceRequest(
+        adapters, tuple(weights or ()), base_model, base_revision, subfolder, combination=combination
+    )
 
 
 def _gate(

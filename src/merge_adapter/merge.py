@@ -52,7 +52,9 @@ def merge(
     began = time.monotonic()
     with ExitStack() as stack:
         base = stack.enter_context(read_base(sources.base, settings).open())
-        adapters = [stack.enter_context(file.open()) for file in plan.adapters]
+        adapters = [file.open() for file in plan.adapters]
+        for opened in adapters:
+            stack.push(opened)
         task = stack.enter_context(progress.task("merge", plan.bytes_written))
         work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task, _device(device))
         stack.enter_context(_one_torch_thread())

@@ -7,9 +7,18 @@ from typing import Annotated
 
 import typer
 
-from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase, Strategy
+from merge_adapter.types import (
+    CombinationType,
+    DType,
+    MajoritySign,
+    OnFail,
+    PublishTo,
+    QuantizedBase,
+    Strategy,
+)
 
 _SOURCES = "Sources"
+_SEVERAL = "Several adapters"
 _MERGE = "Merge"
 _GATE = "Equivalence gate"
 _PUBLISH = "Publishing"
@@ -19,11 +28,11 @@ AdapterArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A folder, or a Hub id: owner/name or owner/name@revision.")
 ]
 AdapterOption = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--adapter",
         metavar="ADAPTER",
-        help="The adapter it was merged from: a folder or a Hub id.",
+        help="The adapter it was merged from: a folder or a Hub id. Repeat it for several.",
         show_default=False,
     ),
 ]
@@ -63,6 +72,62 @@ Subfolder = Annotated[
         help="Where in the adapter's repository it lies.",
         rich_help_panel=_SOURCES,
     ),
+]
+MoreAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER",
+        help="One more adapter to merge together with ADAPTER (repeatable).",
+        rich_help_panel=_SEVERAL,
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--weight",
+        metavar="W",
+        help="What the update is multiplied with; once per adapter, in their order [default: 1 each].",
+        rich_help_panel=_SEVERAL,
+        show_default=False,
+    ),
+]
+CombinationOption = Annotated[
+    CombinationType,
+    typer.Option(
+        "--combination",
+        help="sequential adds the weighted updates up; the others are PEFT's add_weighted_adapter.",
+        rich_help_panel=_SEVERAL,
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        "--density",
+        metavar="PART",
+        help="ties, dare, magnitude_prune: the part of the values that is kept.",
+        rich_help_panel=_SEVERAL,
+        show_default=False,
+    ),
+]
+MajoritySignOption = Annotated[
+    MajoritySign,
+    typer.Option("--majority-sign", help="ties, dare_ties: how signs are elected.", rich_help_panel=_SEVERAL),
+]
+SvdRank = Annotated[
+    int | None,
+    typer.Option(
+        "--svd-rank",
+        metavar="R",
+        min=1,
+        help="svd: the rank that is kept [default: the largest of the adapters'].",
+        rich_help_panel=_SEVERAL,
+        show_default=False,
+    ),
+]
+CombinationSeed = Annotated[
+    int, typer.Option("--seed", help="Of dare's random pruning.", rich_help_panel=_SEVERAL)
 ]
 OutputFolder = Annotated[
     Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ from merge_adapter.errors import AccountingError, UnmergeableError
 from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, Planned, TensorSpec
+from merge_adapter.methods.combine import CombinedFile, combine
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
-from merge_adapter.types import MergeSettings, Resolved, Strategy
+from merge_adapter.types import CombinationType, MergeSettings, Resolved, Strategy
 
 _STREAMED = "every change can be made tensor by tensor from the files"
 _BLOCKS = 6
@@ -72,7 +73,7 @@ class MergePlan:
     index_metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json; None removes the key."""
-    adapters: tuple[AdapterFile, ...] = field(default=(), repr=False)
+    adapters: tuple[AdapterFile | CombinedFile, ...] = field(default=(), repr=False)
     """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
 
@@ -101,11 +102,9 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     layout, base = files_of_base.layout, files_of_base.specs
     notes = list(files_of_base.notes)
     config_changes = dict(files_of_base.config_changes)
-    files: list[AdapterFile] = []
+    files: list[AdapterFile | CombinedFile] = []
     planned: list[Planned] = []
-    for adapter in sources.adapters:
-        checked, about_config = check_config(adapter)
-        file, made = _plan_reading(sources, settings, read_adapter(checked), base)
+    for file, made, about_config in _plan_adapters(sources, settings, base):
         files.append(file)
         planned.append(made)
         notes.extend((*file.notes, *about_config, *made.notes))
@@ -127,10 +126,10 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         strategy_reason=in_memory.strategy_reason if in_memory else _STREAMED,
         steps=steps,
         outputs=outputs,
-        adapter_tensors=sum(len(file.specs) for file in files),
-        consumed=sum(len(change.consumes) for made in planned for change in made.changes),
+        adapter_tensors=sum(file.tensors for file in files),
+        consumed=sum(_consumed(file, made) for file, made in zip(files, planned, strict=True)),
         adapters=tuple(files),
-        bytes_read=layout.bytes + sum(file.layout.bytes for file in files),
+        bytes_read=layout.bytes + sum(file.bytes for file in files),
         bytes_written=total,
         bytes_changed=sum(final[name].nbytes for name in written),
         memory_bytes=_memory(steps),
@@ -140,6 +139,29 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         config_changes=config_changes,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _plan_adapters(
+    sources: Resolved, settings: MergeSettings, base: Mapping[str, TensorSpec]
+) -> Iterator[tuple[AdapterFile | CombinedFile, Planned, tuple[str, ...]]]:
+    """Each adapter's file, what it does, and notes on its config; of combined adapters the one they make together."""
+    if sources.combination.type is CombinationType.SEQUENTIAL:
+        for adapter in sources.adapters:
+            checked, notes = check_config(adapter)
+            yield *_plan_reading(sources, settings, read_adapter(checked), base), notes
+        return
+    checks = [check_config(adapter) for adapter in sources.adapters]
+    combined = combine([read_adapter(checked) for checked, _ in checks], sources.combination)
+    made = plan_adapter(sources, settings, combined.adapter, combined.specs, base)
+    account(combined.specs, made.changes)
+    yield combined, made, tuple(note for _, notes in checks for note in notes)
+
+
+def _consumed(file: AdapterFile | CombinedFile, made: Planned) -> int:
+    """Tensors used: all of a combination's, once every combined one is, which accounting has made sure of."""
+    if isinstance(file, CombinedFile):
+        return file.tensors
+    return sum(len(change.consumes) for change in made.changes)
 
 
 def _plan_reading(

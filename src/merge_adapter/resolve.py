@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
+from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
-from merge_adapter.types import Adapter, BaseModel, Origin, Repository, Resolved
+from merge_adapter.several import check_adapters, compare_tokenizers
+from merge_adapter.types import Adapter, BaseModel, Combination, Origin, Repository, Resolved
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -61,7 +63,9 @@ class SourceRequest:
     """Overrides the base that the adapter's config names."""
     base_revision: str | None = None
     subfolder: str = ""
-    """Where in the adapter's repository the adapter lies."""
+    """Where in its repository the first adapter lies."""
+    combination: Combination = field(default_factory=Combination)
+    """How several adapters become one update."""
     local_paths: bool = True
     """Whether references may be folders of this machine; False where strangers write them."""
 
@@ -79,17 +83,31 @@ def resolve(request: SourceRequest, *, hub: Hub) -> Resolved:
         )
     weights = request.weights or (1.0,) * len(request.adapters)
     if len(weights) != len(request.adapters):
-        raise InputError(f"{len(request.adapters)} adapters but {len(weights)} weights were given")
+        raise InputError(
+            f"{len(request.adapters)} adapters but {len(weights)} weights were given",
+            hint="Give --weight once for each adapter, in their order, that of ADAPTER first; or not at all.",
+        )
+    check_combination(request.combination, len(weights))
     notes: list[str] = []
     adapters = tuple(
-        _open_adapter(reference, weight, request, hub, notes)
-        for reference, weight in zip(request.adapters, weights, strict=True)
+        _open_adapter(
+            reference, weight, request if not number else replace(request, subfolder=""), hub, notes
+        )
+        for number, (reference, weight) in enumerate(zip(request.adapters, weights, strict=True))
     )
+    check_adapters(adapters)
     for adapter in adapters:
         check_method(adapter.config)  # said before a base is looked for, which may be gated or gone
     base = _open_base(adapters, request, hub, notes)
     tokenizer = _choose_tokenizer(adapters[0].repository, base.repository, notes)
-    return Resolved(adapters=adapters, base=base, tokenizer=tokenizer, notes=tuple(notes))
+    notes.extend(compare_tokenizers(adapters, tokenizer))
+    return Resolved(
+        adapters=adapters,
+        base=base,
+        tokenizer=tokenizer,
+        notes=tuple(notes),
+        combination=request.combination,
+    )
 
 
 def parse_reference(text: str, *, what: str) -> Reference:

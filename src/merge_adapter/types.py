@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +90,50 @@ class BaseModel:
     """config.json as parsed; untrusted."""
 
 
+class CombinationType(StrEnum):
+    """How several adapters become one update; but for the first, PEFT's names and arithmetic."""
+
+    SEQUENTIAL = "sequential"
+    """Every adapter's update times its weight, added up."""
+    LINEAR = "linear"
+    CAT = "cat"
+    SVD = "svd"
+    TIES = "ties"
+    TIES_SVD = "ties_svd"
+    DARE_LINEAR = "dare_linear"
+    DARE_LINEAR_SVD = "dare_linear_svd"
+    DARE_TIES = "dare_ties"
+    DARE_TIES_SVD = "dare_ties_svd"
+    MAGNITUDE_PRUNE = "magnitude_prune"
+    MAGNITUDE_PRUNE_SVD = "magnitude_prune_svd"
+
+
+class MajoritySign(StrEnum):
+    """How TIES elects the sign of an element: by the sum of its values, or by their number."""
+
+    TOTAL = "total"
+    FREQUENCY = "frequency"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How several adapters are combined; their weights stand with each of them."""
+
+    type: CombinationType = CombinationType.SEQUENTIAL
+    density: float | None = None
+    """The part of the values that pruning keeps, above 0 and at most 1; None for types that prune nothing."""
+    majority_sign: MajoritySign = MajoritySign.TOTAL
+    svd_rank: int | None = None
+    """The rank that an SVD leaves; None for the largest of the adapters'."""
+    seed: int = 0
+    """Of the random pruning of DARE."""
+
+    def seed_of(self, module: str) -> int:
+        """The seed of one module's draws, 63 bit, so that modules can be combined in any order."""
+        digest = sha256(f"{self.seed}:{module}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
 @dataclass(frozen=True)
 class Resolved:
     """The sources of a merge."""
@@ -101,6 +146,8 @@ class Resolved:
     None when neither has one."""
     notes: tuple[str, ...] = ()
     """What a person should know about the choice, one sentence each."""
+    combination: Combination = field(default_factory=Combination)
+    """How several adapters become one update."""
 
     @property
     def adapter(self) -> Adapter:

@@ -19,6 +19,7 @@ from typing import Any
 from merge_adapter import __version__
 from merge_adapter.errors import MalformedError, NotFoundError
 from merge_adapter.types import (
+    Combination,
     MergeSettings,
     Origin,
     OutputFile,
@@ -55,6 +56,34 @@ def settings_entry(settings: MergeSettings) -> dict[str, Any]:
         "strategy": settings.strategy.value,
         "quantized_base": settings.quantized_base.value,
         "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def combination_entry(combination: Combination) -> dict[str, Any]:
+    """How several adapters were combined: PEFT's name of it, and the settings that it uses."""
+    kind = combination.type.value
+    entry: dict[str, Any] = {"type": kind}
+    if combination.density is not None:
+        entry["density"] = combination.density
+    if "ties" in kind:
+        entry["majority_sign"] = combination.majority_sign.value
+    if combination.svd_rank is not None:
+        entry["svd_rank"] = combination.svd_rank
+    if "dare" in kind:
+        entry["seed"] = combination.seed
+    return entry
+
+
+def several_entries(sources: Resolved) -> dict[str, Any]:
+    """The sections `adapters` and `combination`; empty for a single adapter."""
+    if len(sources.adapters) == 1:
+        return {}
+    return {
+        "adapters": [
+            {**source_entry(one.repository.origin), "method": one.method, "weight": one.weight}
+            for one in sources.adapters
+        ],
+        "combination": combination_entry(sources.combination),
     }
 
 
@@ -100,11 +129,9 @@ def build(
         "verification": verification_entry(verification),
         "notes": list(notes),
     }
-    if len(sources.adapters) > 1:
-        document["adapters"] = [
-            {**source_entry(one.repository.origin), "method": one.method, "weight": one.weight}
-            for one in sources.adapters
-        ]
+    document |= several_entries(sources)
+    if len(sources.adapters) == 1 and adapter.weight != 1:
+        document["adapter"]["weight"] = adapter.weight
     if sources.tokenizer is not None:
         document["tokenizer"] = source_entry(sources.tokenizer.origin)
     return document
@@ -116,6 +143,7 @@ def verdict_only(sources: Resolved, verification: Verification) -> dict[str, Any
         "schema": SCHEMA,
         "tool": tool_entry(),
         "adapter": {**source_entry(sources.adapter.repository.origin), "method": sources.adapter.method},
+        **several_entries(sources),
         "base": source_entry(sources.base.repository.origin),
         "verification": verification_entry(verification),
         "notes": list(sources.notes),

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from merge_adapter.pipeline import Merged, RunOutcome
 from merge_adapter.plan import MergePlan
-from merge_adapter.report.document import source_entry
+from merge_adapter.report.document import several_entries, source_entry
 from merge_adapter.report.evidence import verdict_rows
 from merge_adapter.report.progress import human_bytes, human_seconds
-from merge_adapter.types import Operation, Resolved, Verdict
+from merge_adapter.types import Adapter, Operation, Resolved, Verdict
 
 _VERDICT_STYLE = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
@@ -34,7 +34,8 @@ def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
     tensors = sum(len(change.tensors) for change in plan.changes)
     merged = [shard for shard in plan.outputs if shard.bytes]
     rows = [
-        ("adapter", str(sources.adapter.repository.origin)),
+        *(("adapter", _named(adapter)) for adapter in sources.adapters),
+        *((("combination", sources.combination.type.value),) if len(sources.adapters) > 1 else ()),
         ("base model", str(sources.base.repository.origin)),
         ("tokenizer", str(sources.tokenizer.origin) if sources.tokenizer else "none"),
         ("method", plan.method),
@@ -50,6 +51,12 @@ def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
     rows += [("config", f"{key} = {value!r}") for key, value in plan.config_changes.items()]
     console.print(_facts(rows))
     show_notes(console, (*sources.notes, *plan.notes))
+
+
+def _named(adapter: Adapter) -> str:
+    """Where an adapter is, and its weight where that is not 1."""
+    weight = "" if adapter.weight == 1 else f" times {adapter.weight:g}"
+    return f"{adapter.repository.origin}{weight}"
 
 
 def show_notes(console: Console, notes: tuple[str, ...]) -> None:
@@ -89,6 +96,7 @@ def show_mutants(console: Console, verification: Mapping[str, Any]) -> None:
 
 def plan_document(sources: Resolved, plan: MergePlan) -> dict[str, Any]:
     """What `plan --json` prints."""
+    several = several_entries(sources)
     return {
         "schema": 1,
         "adapter": {
@@ -97,6 +105,7 @@ def plan_document(sources: Resolved, plan: MergePlan) -> dict[str, Any]:
             "tensors": plan.adapter_tensors,
             "consumed": plan.consumed,
         },
+        **several,
         "base": source_entry(sources.base.repository.origin),
         "tokenizer": source_entry(sources.tokenizer.origin) if sources.tokenizer else None,
         "strategy": plan.strategy.value,
