@@ -7,9 +7,13 @@ changes.py    which adapters of the workspace a commit changed; Git LFS
 candidates.py the adapters to merge, from the event, the workspace or the Hub
 commands.py   workflow commands, and a log that no stranger's text can steer
 markdown.py   strangers' text in Markdown
+step.py       what the parts of one run share
+merging.py    one adapter through the pipeline
+keeping.py    what stays in the workspace for later steps
 results.py    what became of each adapter; the step's outputs
-summary.py    the same for people
+summary.py    the same for people; pictures.py its charts
 feedback.py   the same on GitHub: checks, comments, releases, issues
+table.py      the tables of inputs and outputs in the docs
 main.py       all of it in order, and the one boundary where errors become annotations
 """
 

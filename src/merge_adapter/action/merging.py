@@ -1,0 +1,167 @@
+"""One adapter through the pipeline: inputs become requests, whatever happens becomes a result."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_adapter.action import keeping
+from merge_adapter.action.candidates import Candidate, check_base
+from merge_adapter.action.changes import resolve_pointers
+from merge_adapter.action.inputs import Inputs
+from merge_adapter.action.results import Failed, Finished, Result
+from merge_adapter.action.step import Step
+from merge_adapter.errors import ExitCode, InputError, MergeAdapterError, StorageError
+from merge_adapter.types import MergeSettings
+
+if TYPE_CHECKING:
+    from merge_adapter.hub import Hub
+    from merge_adapter.pipeline import MergeRequest
+    from merge_adapter.publish import PublishSettings
+
+NO_GPU_HINT = (
+    "A container action cannot ask the runner for a GPU. Call the reusable workflow "
+    "merge-adapter/merge-adapter/.github/workflows/merge.yml on a GPU runner, or use the image in a job with "
+    "`container: {image: …, options: --gpus all}`; see docs/github-action.md. Or leave out `device`."
+)
+
+
+def check_device(device: str) -> None:
+    """Raise InputError at once when `device` names a GPU that is not there."""
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    if torch.version.cuda is None:
+        raise InputError(
+            f"device is {device}, but this image has PyTorch for CPUs only",
+            hint=f"The images whose tag ends in -cuda have the other. {NO_GPU_HINT}",
+        )
+    if not torch.cuda.is_available():
+        raise InputError(f"device is {device}, but this container sees no GPU", hint=NO_GPU_HINT)
+    index = int(device.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"device is {device}, but there are {torch.cuda.device_count()} GPUs, counted from 0"
+        )
+
+
+def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
+    """Merge one adapter with everything it prints as text in the log. `scratch` is emptied when the step ends.
+
+    Raises nothing but KeyboardInterrupt: an error, a bug of ours among them, is a result too.
+    """
+    started = time.monotonic()
+    log = step.log
+    try:
+        with log.group(f"Merge {candidate.reference}"), log.foreign():
+            return _run_pipeline(step, candidate, scratch, started)
+    except MergeAdapterError as error:
+        return Failed(candidate, error.message, error.hint, int(error.exit_code), time.monotonic() - started)
+    except Exception as error:  # noqa: BLE001  # a bug with one adapter is no reason to drop the others
+        with log.group(f"What went wrong with {candidate.reference}"):
+            log.line(traceback.format_exc())
+        return Failed(
+            candidate,
+            f"a bug in merge-adapter: {type(error).__name__}: {error}",
+            "Please report it with the lines of the log: https://github.com/merge-adapter/merge-adapter/issues",
+            int(ExitCode.BUG),
+            time.monotonic() - started,
+        )
+
+
+def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: float) -> Finished:
+    from merge_adapter import pipeline
+    from merge_adapter.report.progress import LogProgress
+
+    inputs, runner = step.inputs, step.runner
+    check_base(candidate, inputs, runner.workspace)
+    if candidate.folder is not None:
+        resolve_pointers(runner.workspace, candidate.folder)
+    request = _request(inputs, candidate)
+    if inputs.disk_budget is not None:
+        _check_budget(request, inputs.disk_budget, step.hub)
+    keep = keeping.place(inputs, candidate, step.trigger, workspace=runner.workspace, scratch=scratch)
+    outcome = pipeline.run(
+        request,
+        _publishing(inputs, candidate),
+        hub=step.hub,
+        progress=LogProgress(sys.stderr),
+        output=keep,
+    )
+    files = keeping.keep_report(runner.workspace, candidate, outcome)
+    return Finished(
+        candidate,
+        report=outcome.report,
+        verdict=outcome.verdict,
+        reasons=outcome.reasons,
+        publication=outcome.publication,
+        seconds=time.monotonic() - started,
+        report_file=files[0],
+        merged_here=outcome.merged is not None,
+        verified=inputs.verify,
+        files=files,
+    )
+
+
+def _request(inputs: Inputs, candidate: Candidate) -> MergeRequest:
+    from merge_adapter.pipeline import MergeRequest
+    from merge_adapter.resolve import SourceRequest
+    from merge_adapter.verify.settings import VerifySettings
+
+    source = SourceRequest(
+        (candidate.reference,),
+        (),
+        inputs.base_model,
+        inputs.base_revision,
+        inputs.subfolder,
+        local_paths=not candidate.hub_only,
+    )
+    settings = MergeSettings(
+        dtype=inputs.dtype,
+        strategy=inputs.strategy,
+        quantized_base=inputs.quantized_base,
+        trust_remote_code=inputs.trust_remote_code,
+    )
+    gate = VerifySettings(
+        dtype=inputs.dtype,
+        device=inputs.device,
+        probe_tokens=inputs.probe_tokens,
+        probes=inputs.probes,
+        trust_remote_code=inputs.trust_remote_code,
+    )
+    return MergeRequest(source, settings, gate if inputs.verify else None, inputs.device)
+
+
+def _publishing(inputs: Inputs, candidate: Candidate) -> PublishSettings:
+    from merge_adapter.publish import PublishSettings
+
+    def named(text: str | None) -> str | None:
+        return text.replace("{name}", candidate.name) if text else None
+
+    return PublishSettings(
+        publish_to=inputs.publish,
+        target_repo=named(inputs.target_repo),
+        private=inputs.private,
+        path_in_repo=named(inputs.path_in_repo),
+        on_fail=inputs.on_fail,
+        license=inputs.license,
+        allow_base=inputs.allow_base,
+    )
+
+
+def _check_budget(request: MergeRequest, budget: int, hub: Hub) -> None:
+    """Refuse before the first download what would not fit. Reads configs and headers alone."""
+    from merge_adapter.pipeline import plan_merge
+    from merge_adapter.report.progress import human_bytes
+
+    _, plan = plan_merge(request, hub=hub)
+    if plan.disk_bytes > budget:
+        raise StorageError(
+            f"the merge needs {human_bytes(plan.disk_bytes)} of disk, more than the disk-budget of "
+            f"{human_bytes(budget)}",
+            hint="Raise disk-budget, or use a runner with a larger disk.",
+        )
