@@ -74,7 +74,7 @@ def bits8(name: str, weight: torch.Tensor) -> Encoded:
         f"{module}.SCB": scale,
         f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
     }
-    return stored, (codes.float() * (scale / 127)[:, None]).bfloat16()
+    return stored, (codes.float() * scale[:, None] * 7.874015718698502e-3).bfloat16()
 
 
 def bits4(name: str, weight: torch.Tensor, *, nested: bool) -> Encoded:

@@ -1,13 +1,15 @@
 """Bases stored quantised, shown as the 16-bit tensors that they stand for.
 
-Supported are formats whose values are a table or a float times a scale: bitsandbytes 4 bit (NF4, FP4, nested
-scales) and 8 bit, FP8 with block or row scales, compressed-tensors (float, int and packed symmetric), and MXFP4
-experts. GPTQ and AWQ reorder and pack by rules of their kernels and are refused. Recipes read rows, so that a
-dequantised base streams like any other.
+Dequantised are formats whose values are a table, an integer or a float times a scale: bitsandbytes 4 bit (NF4, FP4,
+nested scales) and 8 bit, FP8 with block, row or tensor scales, compressed-tensors (float, int and packed int, with
+or without zero points), and MXFP4 experts. GPTQ, AWQ and their like pack by rules of their kernels and are refused.
+Recipes read rows, so that a dequantised base streams like any other. Which of them a base uses is decided
+by its config and by the tensors that lie there; a tensor of codes that no recipe takes is an error.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -15,7 +17,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from merge_adapter.checkpoint.header import Header, StoredTensor
 from merge_adapter.checkpoint.layout import Layout, WeightFile
-from merge_adapter.checkpoint.recipes import Block4, Mx4, Packed, Recipe, Scaled, quant_state
+from merge_adapter.checkpoint.quantization import quantization_of, refusal, used_method
+from merge_adapter.checkpoint.recipes import (
+    Block4,
+    Int8,
+    Mx4,
+    Packed,
+    Recipe,
+    Scaled,
+    Transposed,
+    quant_state,
+)
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import TensorSpec, Weights
 from merge_adapter.types import BaseModel
@@ -26,9 +38,19 @@ if TYPE_CHECKING:
     from merge_adapter.checkpoint.reader import StoredWeights
 
 _ORIGINAL = "Name the 16-bit original with --base-model."
-_LEFTOVERS = ("weight_format", "input_scale", "output_scale", "activation_scale", "input_zero_point")
+_LEFTOVERS = frozenset(
+    f"{what}_{part}"
+    for what in ("input", "output", "activation", "q", "k", "v")
+    for part in ("scale", "zero_point", "global_scale", "scale_ub")
+) | {"weight_format"}
 """Tensors beside a quantised weight that say how to run it, and nothing about its values."""
 _DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CODES = ("weight", "_packed", "_blocks", "_proj")
+"""How the names of tensors of codes end."""
+_CONV1D = dict.fromkeys(
+    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), ("c_attn", "c_proj", "c_fc", "q_attn")
+)
+"""Models of transformers whose linear layers are stored `[in, out]`. bitsandbytes stores theirs `[out, in]`."""
 
 
 @dataclass(frozen=True)
@@ -92,56 +114,65 @@ class DequantizedWeights(Weights):
 
 
 def dequantized(base: BaseModel, stored: Layout) -> Dequantized:
-    """Plan how to read a quantised base. Reads headers, and of bitsandbytes' 4 bit the small state of each tensor.
+    """Plan how to read a quantised base. Reads headers, and of each 4-bit tensor the few bytes that tell its shape.
 
-    Raises BaseModelError for a method, or a use of it, that has no recipe here.
+    Raises BaseModelError for a method, or a use of it, that has no recipe here, and MalformedError for a
+    quantisation state that cannot be read.
     """
-    config = base.config.get("quantization_config")
-    if not isinstance(config, Mapping):
+    config = quantization_of(base.config)
+    if config is None:
         raise BaseModelError("The base's quantization_config is not an object.", hint=_ORIGINAL)
-    method = str(config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else ""))
-    specs = stored.specs
+    reason = refusal(config)
+    if reason:
+        raise BaseModelError(f"The base cannot be dequantised: {reason}.", hint=_ORIGINAL)
+    method, specs = used_method(config), stored.specs
     if method == "bitsandbytes":
         found = dict(_bitsandbytes(base, stored))
-    elif method in ("fp8", "finegrained_fp8"):
-        found = dict(_scaled(specs, "_scale_inv", config.get("weight_block_size")))
     elif method == "compressed-tensors":
-        found = dict(_compressed(config, specs))
+        found = dict(_compressed(base, config, stored))
     elif method == "mxfp4":
         found = dict(_mx4(specs))
     else:
-        raise BaseModelError(
-            f"The base is stored quantised by {method or 'an unnamed method'}, which is not dequantised here.",
-            hint=_ORIGINAL,
-        )
+        found = dict(_scaled(specs, "_scale_inv", ("F8_E4M3", "F8_E5M2"), config.get("weight_block_size")))
     if not found:
         raise BaseModelError(
             f"The base's config says {method}, but none of its tensors is stored so.", hint=_ORIGINAL
         )
-    found = {name: _with_leftovers(name, recipe, specs) for name, recipe in found.items()}
-    left = [
-        name
-        for name, spec in specs.items()
-        if spec.dtype.startswith("F8")
-        and name not in found
-        and not any(name in r.uses for r in found.values())
-    ]
-    if left:
-        raise BaseModelError(f"{left[0]} is stored in FP8 without a scale beside it.", hint=_ORIGINAL)
-    dtype = _DTYPES.get(str(base.config.get("dtype") or base.config.get("torch_dtype")), "BF16")
+    _check_nothing_left(specs, found)
+    dtype = _dtype(base.config)
     return Dequantized(_plain_layout(stored, found, dtype), stored, found, dtype)
 
 
-def _with_leftovers(name: str, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Recipe:
-    module = name.rpartition(".")[0]
-    extra = tuple(f"{module}.{part}" for part in _LEFTOVERS if f"{module}.{part}" in specs)
-    return recipe.using(extra) if extra else recipe
+def _dtype(config: Mapping[str, Any]) -> str:
+    """What the model computes in, to which transformers dequantises too; bf16 where the config does not say."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            named = part.get("dtype") or part.get("torch_dtype")
+            if str(named) in _DTYPES:
+                return _DTYPES[str(named)]
+    return "BF16"
+
+
+def _check_nothing_left(specs: Mapping[str, TensorSpec], found: Mapping[str, Recipe]) -> None:
+    """Codes without a recipe would be copied as if they were weights."""
+    used = {name for recipe in found.values() for name in recipe.uses}
+    for name, spec in specs.items():
+        if name in used:
+            continue
+        if spec.dtype.startswith("F8"):
+            raise BaseModelError(f"{name} is stored in FP8 without a scale beside it.", hint=_ORIGINAL)
+        if spec.dtype in ("I8", "U8", "I32") and name.endswith(_CODES):
+            raise BaseModelError(
+                f"{name} is stored in codes ({spec.dtype}) whose scales are not there, or of another kind.",
+                hint=_ORIGINAL,
+            )
 
 
 def _plain_layout(stored: Layout, recipes: Mapping[str, Recipe], dtype: str) -> Layout:
     """The files as they would be unquantised: each recipe's tensor where its first part is, helpers gone."""
     anchors = {recipe.uses[0]: name for name, recipe in recipes.items()}
     helpers = {used for recipe in recipes.values() for used in recipe.uses}
+    helpers |= {name for name in stored.specs if name.rpartition(".")[2] in _LEFTOVERS}
     files = []
     for file in stored.files:
         if not any(spec.name in helpers for spec in file.specs):
@@ -162,98 +193,188 @@ def _derived(file: WeightFile, tensors: tuple[StoredTensor, ...]) -> WeightFile:
     return replace(file, header=Header(tensors, file.header.metadata, 0), derived=True)
 
 
-def _scaled(specs: Mapping[str, TensorSpec], suffix: str, block: Any = None) -> Iterator[tuple[str, Recipe]]:
+# --------------------------------------------------------------------- FP8, and floats and integers with scales
+
+
+def _scaled(
+    specs: Mapping[str, TensorSpec], suffix: str, dtypes: tuple[str, ...], block: Any = None
+) -> Iterator[tuple[str, Recipe]]:
     """Weights with a tensor of scales beside them: one for all, one per row, or one per block."""
     for name, spec in specs.items():
         scale = specs.get(f"{name}{suffix}")
-        if scale is None or spec.dtype not in ("F8_E4M3", "F8_E5M2", "I8"):
+        if scale is None or spec.dtype not in dtypes:
             continue
-        if f"{name}_zero_point" in specs:
-            raise BaseModelError(f"{name} has zero points, which are not dequantised here.", hint=_ORIGINAL)
-        yield name, Scaled((name, scale.name), spec.shape, _block(name, spec, scale, block))
+        zero = specs.get(f"{name}_zero_point")
+        if zero is not None and zero.elements != scale.elements:
+            raise BaseModelError(
+                f"{name}: zero points of shape {list(zero.shape)} do not fit scales of shape {list(scale.shape)}.",
+                hint=_ORIGINAL,
+            )
+        uses = (name, scale.name, *([zero.name] if zero else []))
+        yield (
+            name,
+            Scaled(uses, spec.shape, _block(name, spec, scale, block), zero=zero.name if zero else ""),
+        )
 
 
 def _block(name: str, spec: TensorSpec, scale: TensorSpec, block: Any) -> tuple[int, int]:
-    """Rows and columns that share one scale."""
-    rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (spec.shape[0], 1)
+    """Rows and columns that share one scale: what the config says where that fits, else an even split."""
+    if len(spec.shape) < 2:
+        raise BaseModelError(f"{name} is quantised, but no matrix.", hint=_ORIGINAL)
+    rows, columns = spec.shape[-2:]
     if scale.elements == 1:
         return rows, columns
-    counts = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1)
-    if isinstance(block, list | tuple) and len(block) == 2:
-        size = (int(block[0]), int(block[1]))
-    else:
-        size = (-(-rows // counts[0]), -(-columns // counts[1]))
-    if len(spec.shape) != 2 or (-(-rows // size[0]), -(-columns // size[1])) != tuple(counts):
-        raise BaseModelError(
-            f"{name}: scales of shape {list(scale.shape)} do not fit weights of shape {list(spec.shape)}.",
-            hint=_ORIGINAL,
-        )
-    return size
+    counts = scale.shape if len(scale.shape) > 1 else (*scale.shape, 1)
+    stated = isinstance(block, list | tuple) and len(block) == 2 and min(map(int, block)) > 0
+    sizes = [(int(block[0]), int(block[1]))] if stated else []
+    sizes.append((-(-rows // max(1, counts[-2])), -(-columns // max(1, counts[-1]))))
+    if len(counts) == len(spec.shape) and counts[:-2] == spec.shape[:-2] and len(spec.shape) <= 3:
+        for size in sizes:
+            if (-(-rows // size[0]), -(-columns // size[1])) == tuple(counts[-2:]):
+                return size
+    raise BaseModelError(
+        f"{name}: scales of shape {list(scale.shape)} do not fit weights of shape {list(spec.shape)}.",
+        hint=_ORIGINAL,
+    )
+
+
+# --------------------------------------------------------------------------------------------- bitsandbytes
 
 
 def _bitsandbytes(base: BaseModel, stored: Layout) -> Iterator[tuple[str, Recipe]]:
     specs = stored.specs
+    transposed = _CONV1D.get(str(base.config.get("model_type")), ())
     for name, spec in specs.items():
+        module = name.removesuffix(".weight")
         states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
         state = next((one for one in states if one in specs), None)
-        scales = f"{name.removesuffix('.weight')}.SCB"
+        recipe: Recipe
         if state is not None:
-            yield name, _block4(base, stored, name, state)
-        elif spec.dtype == "I8" and scales in specs:
-            yield name, Scaled((name, scales), spec.shape, (1, spec.shape[1]), divisor=127.0)
+            recipe = _block4(base, stored, name, state)
+        elif spec.dtype == "I8" and f"{module}.SCB" in specs:
+            recipe = Int8((name, f"{module}.SCB"), spec.shape)
+        else:
+            continue
+        yield name, Transposed(recipe) if module.rpartition(".")[2] in transposed else recipe
 
 
 def _block4(base: BaseModel, stored: Layout, name: str, state: str) -> Block4:
-    file = stored.home[state]
-    place = next(tensor for tensor in file.header.tensors if tensor.spec.name == state)
-    parsed = quant_state(base.repository.read(file.path, offset=place.offset, length=place.spec.nbytes), name)
+    parsed = quant_state(_bytes(base, stored, state), name)
     nested = parsed.nested_blocksize is not None
     parts = ["", ".absmax", ".quant_map", *([".nested_absmax", ".nested_quant_map"] if nested else [])]
     uses = [f"{name}{part}" for part in parts]
     absent = [used for used in uses if used not in stored.specs]
     if absent:
         raise BaseModelError(f"{absent[0]} is missing beside {name}.", hint=_ORIGINAL)
-    return Block4(
-        (*uses, state), parsed.shape, parsed.blocksize, parsed.nested_blocksize, parsed.nested_offset
-    )
+    elements = parsed.shape[0] * parsed.shape[1]
+    if stored.specs[name].nbytes != -(-elements // 2) or stored.specs[uses[1]].elements != -(
+        -elements // parsed.blocksize
+    ):
+        raise BaseModelError(
+            f"{name}: {stored.specs[name].nbytes} bytes and {stored.specs[uses[1]].elements} scales do not make the "
+            f"{list(parsed.shape)} of its quantisation state.",
+            hint="Download the base again, or name the 16-bit original with --base-model.",
+        )
+    return Block4((*uses, state), parsed)
 
 
-def _compressed(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Recipe]]:
-    yield from _scaled(specs, "_scale")
+def _bytes(base: BaseModel, stored: Layout, name: str) -> bytes:
+    """The data of a small tensor."""
+    file = stored.home[name]
+    if file.pickled:
+        from merge_adapter.checkpoint.pickled import load_pickled  # imports torch
+
+        tensor = load_pickled(base.repository.local(file.path), file.path)[name]
+        return bytes(tensor.contiguous().numpy().tobytes())
+    place = next(tensor for tensor in file.header.tensors if tensor.spec.name == name)
+    return base.repository.read(file.path, offset=place.offset, length=place.spec.nbytes)
+
+
+# --------------------------------------------------------------------------------------- compressed-tensors
+
+
+def _compressed(base: BaseModel, config: Mapping[str, Any], stored: Layout) -> Iterator[tuple[str, Recipe]]:
+    specs = stored.specs
+    yield from _scaled(specs, "_scale", ("F8_E4M3", "F8_E5M2", "I8"), _block_structure(config))
     for name, spec in specs.items():
         if not name.endswith(".weight_packed"):
             continue
-        module = name.removesuffix(".weight_packed")
-        scale = specs.get(f"{module}.weight_scale")
-        extra = [part for part in ("weight_zero_point", "weight_g_idx") if f"{module}.{part}" in specs]
+        weight = name.removesuffix("_packed")
+        scale = specs.get(f"{weight}_scale")
         bits = _packed_bits(config)
-        if scale is None or extra or bits is None or spec.dtype != "I32":
+        if scale is None or bits is None or spec.dtype != "I32" or len(spec.shape) != 2:
             raise BaseModelError(
-                f"{name}: only symmetric weights of 4 or 8 bit, packed without reordering, are dequantised here.",
+                f"{name}: of packed weights only those of whole integers of one width are dequantised here.",
                 hint=_ORIGINAL,
             )
-        columns = spec.shape[1] * (32 // bits)
-        uses = [name, scale.name]
-        if f"{module}.weight_shape" in specs:
-            uses.append(f"{module}.weight_shape")
-        yield f"{module}.weight", Packed(tuple(uses), (spec.shape[0], columns), bits)
+        if f"{weight}_g_idx" in specs:
+            raise BaseModelError(
+                f"{name} is packed in the order of its activations, which is not undone here.", hint=_ORIGINAL
+            )
+        yield weight, _packed(base, stored, spec, scale, bits)
+
+
+def _packed(base: BaseModel, stored: Layout, spec: TensorSpec, scale: TensorSpec, bits: int) -> Packed:
+    weight = spec.name.removesuffix("_packed")
+    shape = (spec.shape[0], spec.shape[1] * 32 // bits)
+    uses = [spec.name, scale.name]
+    if (told := f"{weight}_shape") in stored.specs:
+        uses.append(told)
+        if stored.specs[told].dtype == "I64" and stored.specs[told].elements == 2:
+            rows, columns = struct.unpack("<2q", _bytes(base, stored, told))
+            if rows == shape[0] and 0 <= shape[1] - columns < 32:  # the last word may not be full
+                shape = (rows, columns)
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    if shape[1] % max(1, groups) or scale.shape[0] not in (1, shape[0]):
+        raise BaseModelError(
+            f"{spec.name}: scales of shape {list(scale.shape)} do not fit weights of shape {list(shape)}.",
+            hint=_ORIGINAL,
+        )
+    zero = f"{weight}_zero_point"
+    if zero in stored.specs:
+        uses.append(zero)
+        if stored.specs[zero].dtype != "I32" or stored.specs[zero].shape != (
+            -(-shape[0] * bits // 32),
+            groups,
+        ):
+            raise BaseModelError(f"{zero} is not packed as its weights are.", hint=_ORIGINAL)
+    return Packed(tuple(uses), shape, bits, zero=zero if zero in stored.specs else "")
+
+
+def _weight_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each group of the config says about its weights."""
+    groups = config.get("config_groups")
+    return [
+        group["weights"]
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
+    ]
 
 
 def _packed_bits(config: Mapping[str, Any]) -> int | None:
-    groups = config.get("config_groups")
-    found = {
-        group["weights"].get("num_bits")
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    }
+    found = {one.get("num_bits") for one in _weight_settings(config) if one.get("type", "int") == "int"}
     bits = found.pop() if len(found) == 1 else None
-    return bits if bits in (4, 8) else None
+    return bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+
+
+def _block_structure(config: Mapping[str, Any]) -> Any:
+    found = [one["block_structure"] for one in _weight_settings(config) if one.get("block_structure")]
+    return found[0] if len(found) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------- MXFP4
 
 
 def _mx4(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Recipe]]:
     for name, spec in specs.items():
         plain = name.removesuffix("_blocks")
-        if plain == name or f"{plain}_scales" not in specs or len(spec.shape) != 4:
+        scales = specs.get(f"{plain}_scales")
+        if plain == name or scales is None:
             continue
+        if len(spec.shape) != 4 or spec.shape[3] != 16 or scales.shape != spec.shape[:3]:
+            raise BaseModelError(
+                f"{name}: blocks of shape {list(spec.shape)} with scales of shape {list(scales.shape)} are not MXFP4.",
+                hint=_ORIGINAL,
+            )
         experts, out, groups, half = spec.shape
-        yield plain, Mx4((name, f"{plain}_scales"), (experts, groups * half * 2, out))
+        yield plain, Mx4((name, scales.name), (experts, groups * half * 2, out))

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of E2M1, in the order of their codes (OCP Microscaling Formats, version 1.0)."""
 _MX_BIAS = 127
+"""Of an E8M0 scale: the byte b stands for 2 ** (b - 127)."""
+_PER_127 = 7.874015718698502e-3
+"""1/127 as bitsandbytes writes it: to divide instead would differ in the last bit."""
+_WORD = 32
+"""Bits of the words that compressed-tensors packs into."""
 
 
 class Recipe(Protocol):
@@ -34,34 +39,70 @@ class Recipe(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` along the first dimension, float32."""
+        """Rows `start` to `stop` along the first dimension; float32, or rounded as the format says."""
         ...
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """`weight * scale`, one scale for each block of `block[0]` rows and `block[1]` columns."""
+    """`(weight - zero point) * scale`, one scale for each block of `block[0]` rows and `block[1]` columns.
+
+    `[rows, columns]`, or `[experts, rows, columns]` with scales per expert.
+    """
 
     uses: tuple[str, ...]
+    """Weight and scales, then what is not read."""
     shape: tuple[int, ...]
     block: tuple[int, int]
-    divisor: float = 1.0
-    """What the scales are to be divided by."""
+    zero: str = ""
+    """Integers in the layout of the scales, to be subtracted; "" for none."""
 
     def using(self, extra: tuple[str, ...]) -> Scaled:
         return replace(self, uses=(*self.uses, *extra))
 
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
+        weight = stored.read_rows(self.uses[0], start, stop).float()
+        if self.zero:
+            weight = weight - self._spread(stored.read(self.zero).float(), start, stop)
+        return weight * self._spread(_scale(stored.read(self.uses[1])), start, stop)
+
+    def _spread(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """One value per block -> one per element of the rows asked for, or one for all."""
         import torch
 
-        weight = stored.read_rows(self.uses[0], start, stop).float()
-        scale = stored.read(self.uses[1]).float()
-        if scale.numel() == 1:
-            return weight * (scale.reshape(()) / self.divisor)
-        scale = scale.reshape(scale.shape[0], -1)
+        if values.numel() == 1:
+            return values.reshape(())
+        columns = self.shape[-1]
+        if len(self.shape) == 3:
+            tall = values[start:stop].repeat_interleave(self.block[0], dim=1)[:, : self.shape[1]]
+            return tall.repeat_interleave(self.block[1], dim=2)[..., :columns]
         which = torch.arange(start, stop) // self.block[0]
-        spread = scale[which].repeat_interleave(self.block[1], dim=1)[:, : weight.shape[1]]
-        return weight * (spread / self.divisor)
+        spread = values.reshape(values.shape[0], -1)[which]  # [rows, blocks of columns]
+        return spread.repeat_interleave(self.block[1], dim=1)[:, :columns]
+
+
+def _scale(stored: Tensor) -> Tensor:
+    """Scales as float32; bytes are E8M0 exponents."""
+    import torch
+
+    if stored.dtype is torch.uint8:
+        return (stored.float() - _MX_BIAS).exp2()
+    return stored.float()
+
+
+@dataclass(frozen=True)
+class Int8:
+    """bitsandbytes 8 bit: `weight * SCB / 127`, one SCB per row."""
+
+    uses: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def using(self, extra: tuple[str, ...]) -> Int8:
+        return replace(self, uses=(*self.uses, *extra))
+
+    def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
+        scale = stored.read(self.uses[1]).float().reshape(-1, 1)[start:stop]
+        return stored.read_rows(self.uses[0], start, stop).float() * scale * _PER_127
 
 
 @dataclass(frozen=True)
@@ -70,6 +111,8 @@ class QuantState:
 
     shape: tuple[int, ...]
     blocksize: int
+    dtype: str
+    """To which bitsandbytes rounds what it dequantises."""
     nested_blocksize: int | None
     nested_offset: float
 
@@ -83,6 +126,7 @@ def quant_state(text: bytes, name: str) -> QuantState:
         made = QuantState(
             shape,
             int(state["blocksize"]),
+            str(state.get("dtype") or "float32"),
             int(nested) if nested is not None else None,
             float(state.get("nested_offset") or 0.0),
         )
@@ -90,7 +134,12 @@ def quant_state(text: bytes, name: str) -> QuantState:
         raise MalformedError(
             f"{name}: its quantisation state cannot be read: {error}.", hint="Download the base again."
         ) from error
-    if len(shape) != 2 or min(*shape, made.blocksize) < 1 or (nested is not None and int(nested) < 1):
+    if (
+        len(shape) != 2
+        or min(*shape, made.blocksize) < 1
+        or (made.nested_blocksize is not None and made.nested_blocksize < 1)
+        or made.dtype not in ("float32", "float16", "bfloat16")
+    ):
         raise MalformedError(f"{name}: its quantisation state says {made}.", hint="Download the base again.")
     return made
 
@@ -101,10 +150,11 @@ class Block4:
 
     uses: tuple[str, ...]
     """Weight, absmax, quant_map, with nested scales nested_absmax and nested_quant_map, last the state."""
-    shape: tuple[int, ...]
-    blocksize: int
-    nested_blocksize: int | None
-    nested_offset: float
+    state: QuantState
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.state.shape
 
     def using(self, extra: tuple[str, ...]) -> Block4:
         return replace(self, uses=(*self.uses, *extra))
@@ -112,56 +162,77 @@ class Block4:
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         import torch
 
-        columns = self.shape[1]
+        columns, size = self.shape[1], self.state.blocksize
         first, last = start * columns, stop * columns
         packed = self._bytes(stored, first // 2, -(-last // 2))
         codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)  # high half first
         codes = codes[first % 2 : first % 2 + last - first]
-        low, high = first // self.blocksize, -(-last // self.blocksize)
+        low, high = first // size, -(-last // size)
         scales = self._scales(stored, low, high)
-        which = torch.arange(first, last) // self.blocksize - low
+        which = torch.arange(first, last) // size - low
         values = stored.read(self.uses[2]).float()[codes.long()]
-        return (values * scales[which]).reshape(stop - start, columns)
+        made = (values * scales[which]).reshape(stop - start, columns)
+        return made.to(getattr(torch, self.state.dtype))
 
     def _bytes(self, stored: Weights, low: int, high: int) -> Tensor:
-        if len(stored.specs[self.uses[0]].shape) == 2 and stored.specs[self.uses[0]].shape[0] != 1:
+        """Bytes `low` to `high` of the packed weight, whatever dtype they are stored under."""
+        import torch
+
+        shape = stored.specs[self.uses[0]].shape
+        if stored.specs[self.uses[0]].dtype == "U8" and len(shape) == 2 and shape[1] == 1:
             return stored.read_rows(self.uses[0], low, high).reshape(-1)
-        return stored.read(self.uses[0]).reshape(-1)[low:high]
+        return stored.read(self.uses[0]).reshape(-1).view(torch.uint8)[low:high]
 
     def _scales(self, stored: Weights, low: int, high: int) -> Tensor:
         import torch
 
         absmax = stored.read_rows(self.uses[1], low, high)
-        if self.nested_blocksize is None:
+        if self.state.nested_blocksize is None:
             return absmax.float()
         outer = stored.read(self.uses[3]).float()
         table = stored.read(self.uses[4]).float()
-        which = torch.arange(low, high) // self.nested_blocksize
-        return table[absmax.long()] * outer[which] + self.nested_offset
+        which = torch.arange(low, high) // self.state.nested_blocksize
+        return table[absmax.long()] * outer[which] + self.state.nested_offset
 
 
 @dataclass(frozen=True)
 class Packed:
-    """compressed-tensors' packed integers: `32 / bits` to an int32 along the inputs, low bits first, symmetric."""
+    """compressed-tensors' packed integers: `bits` each, densely into int32 words along the inputs, low bits first."""
 
     uses: tuple[str, ...]
-    """Packed weight, scales of shape `[rows, groups]`, perhaps the shape."""
+    """Packed weight, scales of shape `[rows, groups]` or `[1]`, perhaps zero points and the shape."""
     shape: tuple[int, ...]
     bits: int
+    zero: str = ""
+    """Zero points, packed along the outputs; "" where the weights are symmetric."""
 
     def using(self, extra: tuple[str, ...]) -> Packed:
         return replace(self, uses=(*self.uses, *extra))
 
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
-        import torch
-
-        packed = stored.read_rows(self.uses[0], start, stop)
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
-        codes = (packed[:, :, None] >> shifts) & ((1 << self.bits) - 1)
-        values = codes.reshape(stop - start, -1).float() - (1 << (self.bits - 1))
+        columns = self.shape[1]
+        values = unpacked(stored.read_rows(self.uses[0], start, stop), self.bits)[:, :columns]
         scale = stored.read(self.uses[1]).float()
-        scale = scale.expand(self.shape[0], -1)[start:stop] if scale.dim() == 2 else scale.reshape(1, 1)
-        return values * scale.repeat_interleave(values.shape[1] // scale.shape[1], dim=1)
+        scale = scale.reshape(scale.shape[0], -1).expand(self.shape[0], -1)[start:stop]
+        group = columns // scale.shape[1]
+        if self.zero:
+            words = stored.read(self.zero)  # [rows packed, groups]
+            zero = unpacked(words.T.contiguous(), self.bits).T[start:stop]
+            values = values - zero.repeat_interleave(group, dim=1)
+        return values * scale.repeat_interleave(group, dim=1)
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """`[rows, words]` int32 -> `[rows, words * 32 // bits]` float32: signed integers of `bits` each."""
+    import torch
+
+    rows, count = words.shape
+    held = words.long() & 0xFFFFFFFF
+    begin = torch.arange(count * _WORD // bits) * bits
+    word, shift = begin // _WORD, begin % _WORD
+    after = (word + 1).clamp(max=count - 1)  # where an integer runs on into the next word
+    codes = (held[:, word] >> shift) | (held[:, after] << (_WORD - shift))
+    return (codes & ((1 << bits) - 1)).float().reshape(rows, -1) - (1 << (bits - 1))
 
 
 @dataclass(frozen=True)
@@ -188,3 +259,24 @@ class Mx4:
         )  # low half first
         values = torch.ldexp(values.flatten(-2), exponents[..., None])
         return values.flatten(-2).transpose(1, 2).contiguous()  # [experts, out, in] -> [experts, in, out]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Another recipe's tensor, transposed: where the format stores `[out, in]` and the model `[in, out]`."""
+
+    inner: Recipe
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return self.inner.uses
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape[::-1]
+
+    def using(self, extra: tuple[str, ...]) -> Transposed:
+        return Transposed(self.inner.using(extra))
+
+    def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
+        return self.inner.rows(stored, 0, self.inner.shape[0])[:, start:stop].T.contiguous()
