@@ -84,11 +84,13 @@ def partial_folder(destination: Path) -> Iterator[Path]:
 
 
 def deliver(partial: Path, destination: Path) -> None:
-    """Rename a whole folder into place, on disk for good. An empty folder there gives way."""
+    """Rename a whole folder into place. An empty folder there gives way.
+
+    Nothing is forced to the disk: a merge is as safe from a killed process as it can be, and from a power cut as a
+    copy of its files is. The report's hashes tell whether they survived one; waiting would cost as long as merging.
+    """
     with storage_errors(destination):
-        _sync_tree(partial)
         partial.rename(destination)
-        _sync(destination.parent)
 
 
 def _locked(partial: Path, destination: Path) -> int:
@@ -106,20 +108,6 @@ def _locked(partial: Path, destination: Path) -> int:
         # The folder may have been delivered or removed between open and lock: then the lock is on something else.
         if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
             return descriptor
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
         os.close(descriptor)
 
 
