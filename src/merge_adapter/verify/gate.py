@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ from merge_adapter.verify.loading import (
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
 from merge_adapter.verify.provenance import judge_provenance
+from merge_adapter.verify.quantized import dequantized_folder, stated
 from merge_adapter.verify.sentences import MODULES, source_of
 from merge_adapter.verify.settings import VerifySettings
-from merge_adapter.verify.storage import Checkpoint
+from merge_adapter.verify.storage import Checkpoint, Layout
 from merge_adapter.verify.tensors import WeightsPart, evidence_of, judge_tensors, named_tensors
 from merge_adapter.verify.weights import Agreement
 
@@ -76,8 +78,7 @@ class Gate:
     def _judge(self) -> None:
         kind = kind_of(self.sources)
         files = tuple(read_adapter(adapter) for adapter in self.sources.adapters)
-        base_files = base_layout(self.sources.base.repository)
-        folder = base_folder(self.sources.base.repository, base_files)
+        folder, base_files = self._base(kind)
         held = self._stack.enter_context(Checkpoint(folder, base_files.files))
         started = time.monotonic()
         headers = judge_files(self.merged, held, dtype=self.settings.dtype)
@@ -146,6 +147,21 @@ class Gate:
         self.findings += interview.findings
         self.evidence |= interview.evidence
         self._note_time("outputs", started)
+
+    def _base(self, kind: Kind) -> tuple[Path, Layout]:
+        """Where the base's weights lie; of one stored quantised, its 16-bit form in a folder of our own."""
+        repository = self.sources.base.repository
+        files = base_layout(repository)
+        folder = base_folder(repository, files)
+        if stated(self.sources.base.config) is None:
+            return folder, files
+        started = time.monotonic()
+        place = Path(self._stack.enter_context(TemporaryDirectory(prefix="merge-adapter-")))
+        with self.progress.task("Dequantising the base", None):
+            trust = self.settings.trust_remote_code
+            folder = dequantized_folder(folder, place, kind, trust_remote_code=trust)
+        self._note_time("dequantising", started)
+        return folder, local_layout(folder)
 
     def _note_time(self, part: str, started: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.monotonic() - started

@@ -157,7 +157,7 @@ def stored_dtype(held: Checkpoint) -> torch.dtype:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[str]]:
+def recorded() -> Iterator[list[str]]:
     """Keep what the libraries would print, their progress bars and warnings, off the terminal; collect the warnings."""
     from transformers.utils import logging
 
@@ -194,7 +194,7 @@ def load_model(
     auto = getattr(transformers, AUTO_CLASS[kind])
     changes = dict(config_changes or {})
     # heads made anew come from torch's generator: a fixed seed makes the base arm the same in every run
-    with _recorded() as said, torch.random.fork_rng(devices=[]):
+    with recorded() as said, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             config = transformers.AutoConfig.from_pretrained(
@@ -283,7 +283,7 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
     names = tuple("default" if not at else f"adapter_{at}" for at in range(len(files)))
     missing: list[str] = []
     unexpected: list[str] = []
-    with _recorded() as said:
+    with recorded() as said:
         try:
             model: Any = None
             for name, file in zip(names, files, strict=True):

@@ -1,0 +1,121 @@
+"""A base stored quantised, as the library of its format dequantises it.
+
+transformers loads the base and has bitsandbytes, compressed-tensors or its own code turn it into 16 bit; the result
+is saved once, and the gate goes on with it as with any base. Nothing is shared with the code that dequantises while
+merging, so that an error there is a difference here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from merge_adapter.errors import BaseModelError, InputError
+from merge_adapter.verify.loading import AUTO_CLASS, Kind, recorded
+
+_KEY = "quantization_config"
+_PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
+"""Method -> the module it needs. FP8 and MXFP4 are dequantised by transformers itself."""
+
+
+def stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How a config.json says that the model, or its language part, is quantised; None when it does not."""
+    for part in (config, config.get("text_config")):
+        found = part.get(_KEY) if isinstance(part, Mapping) else None
+        if found:
+            return found if isinstance(found, Mapping) else {}
+    return None
+
+
+def check_library(config: Mapping[str, Any]) -> None:
+    """Raise InputError when judging a base of this config needs a library that is not installed."""
+    quantization = stated(config)
+    method = _method(quantization) if quantization is not None else ""
+    package = _PACKAGES.get(method)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"the base is stored quantised by {method}, and {package} is not installed: no merge could be verified",
+            hint="Install it: pip install 'merge-adapter[quantized]'. Or merge unverified with --no-verify.",
+        )
+
+
+def dequantized_folder(base: Path, place: Path, kind: Kind, *, trust_remote_code: bool) -> Path:
+    """Write the model in `base` as a plain 16-bit checkpoint into the empty folder `place`, and return that.
+
+    Holds the whole 16-bit model in memory while it writes. Raises BaseModelError when the libraries cannot.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    try:
+        with recorded(), torch.no_grad():
+            model = _loaded(base, config, kind, trust_remote_code=trust_remote_code)
+            # what it was converted with on the way in would quantise it again on the way out
+            model._weight_conversions = None
+            model.save_pretrained(place)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise BaseModelError(
+            f"transformers cannot dequantise the base, so that nothing could be compared with it: {error}",
+            hint="Name the 16-bit original with --base-model, or merge into it with --quantized-base original.",
+        ) from error
+    plain = {key: value for key, value in config.items() if key != _KEY}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = {key: value for key, value in plain["text_config"].items() if key != _KEY}
+    (place / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    for code in base.rglob("*.py") if trust_remote_code else ():
+        target = place / code.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(code, target)
+    return place
+
+
+def _loaded(base: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    quantization = stated(config) or {}
+    bits = _method(quantization) == "bitsandbytes"
+    asked: dict[str, Any] = {}
+    if not bits:
+        asked["quantization_config"] = AutoQuantizationConfig.from_dict(dict(quantization))
+        asked["quantization_config"].dequantize = True
+    model = _class_of(config, kind, transformers).from_pretrained(
+        base,
+        dtype="auto",
+        device_map="cpu",
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        **asked,
+    )
+    if bits:
+        # bitsandbytes holds these layers the other way round, and so they come out of it
+        turned = [
+            name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
+        ]
+        model = model.dequantize()
+        for name in turned:
+            layer = model.get_submodule(name)
+            layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
+    elif hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _class_of(config: Mapping[str, Any], kind: Kind, transformers: Any) -> Any:
+    """The class the checkpoint was saved from, so that no tensor of it is left out; else that of the task."""
+    named = config.get("architectures")
+    found = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    return found if hasattr(found, "from_pretrained") else getattr(transformers, AUTO_CLASS[kind])
+
+
+def _method(quantization: Mapping[str, Any]) -> str:
+    stated_method = quantization.get("quant_method")
+    if stated_method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
+        return "bitsandbytes"
+    return str(stated_method)
