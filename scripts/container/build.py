@@ -127,6 +127,7 @@ def build_image() -> None:
         "--isolation=chroot",
         "--network=host",
         "--layers",
+        "--format=docker",  # the OCI format has no HEALTHCHECK
         f"--build-arg=BASE_IMAGE={BASE}",
         "--build-arg=PIP_NO_INDEX=1",
         "--build-arg=PIP_FIND_LINKS=/wheels",

@@ -51,6 +51,7 @@ def test_the_action_is_found_in_the_marketplace(definition: dict[str, Any]) -> N
 def test_the_tables_are_those_of_action_yml(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make them anew with: python -m merge_adapter.action.table README.md docs/github-action.md"""
     monkeypatch.chdir(ROOT)
+    assert "<!-- inputs -->\n| input |" in (ROOT / name).read_text(encoding="utf-8")
     assert main(["--check", name]) == 0
 
 
