@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_the_image_installs_what_the_package_requires() -> None:
     unknown = subprocess.run([*program, "bott"], capture_output=True, text=True, check=False)
     assert unknown.returncode == 2
     assert "no such extra: bott" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "port"),
+    [
+        ("merge-adapter run acme/adapter", None),
+        ("python merge-adapter serve", "7860"),
+        ("python merge-adapter serve --port 80 --host 0.0.0.0", "80"),
+        ("python merge-adapter serve --host 0.0.0.0 --port=8080", "8080"),
+    ],
+)
+def test_the_health_check_asks_where_the_bot_listens(
+    command: str, port: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes every other command for well as long as it runs."""
+    monkeypatch.delenv("MERGE_ADAPTER_BOT_PORT", raising=False)
+    health = runpy.run_path(str(ROOT / "scripts/container/health.py"))
+    assert health["port_of"](command.split()) == port
 
 
 @pytest.mark.skipif(shutil.which("dash") is None, reason="dash is not installed")
