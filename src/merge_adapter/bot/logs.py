@@ -1,4 +1,4 @@
-"""One JSON object per line on stderr, with the job's id where there is one."""
+"""One JSON object per line on stderr or in a file, with the job's id where there is one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 _lock = threading.Lock()
+_file: Path | None = None
+
+
+def log_to(path: str) -> None:
+    """Write lines to the end of this file from now on; "" for stderr. For the process as a whole, as stderr is."""
+    global _file  # where a process writes its log is a fact of the process
+    _file = Path(path) if path else None
 
 
 def log(event: str, **facts: Any) -> None:
@@ -22,5 +30,9 @@ def log(event: str, **facts: Any) -> None:
         default=str,
     )
     with _lock:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+        if _file is None:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        else:
+            with _file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -64,6 +64,7 @@ class BotSettings:
         ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1."
     )
     job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.")
+    log_file: str = _knob("", "File for the log's lines; empty: standard error.")
     lease_seconds: float = _knob(
         60.0, "Seconds after which a job of a worker that fell silent goes to another."
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_adapter.bot.jobs import JobState, Outcome, Stage
-from merge_adapter.bot.logs import log
+from merge_adapter.bot.logs import log, log_to
 from merge_adapter.bot.queue import Hold, Lease, Queue, RetryRule
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.runners.base import Interrupted, Runner, Watch
@@ -228,6 +228,7 @@ def main() -> int:
     if not line:
         return 0
     settings = settings_from_line(line)
+    log_to(settings.log_file)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)

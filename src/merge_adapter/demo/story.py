@@ -1,7 +1,8 @@
 """The demo's story: push an adapter, and find its merged model offered as a pull request.
 
 Nothing in it is played: a Hub process with git and large-file storage, the real huggingface_hub client, a
-webhook delivered over HTTP, the pipeline of `merge-adapter run`, and really trained models.
+webhook delivered over HTTP to the bot of `merge-adapter serve`, its queue and its worker, which runs
+`merge-adapter run` in a process of its own, and really trained models.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from merge_adapter.demo.receiver import Push, Receiver
+from merge_adapter.demo.following import find_push, follow, repeat, report_of
 from merge_adapter.errors import HubError, InputError, NotEquivalentError
-from merge_adapter.types import Publication, Verdict
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from merge_adapter.pipeline import RunOutcome
+    from merge_adapter.bot.jobs import Job
+    from merge_adapter.bot.server import RunningBot
 
 ASSETS = Path(__file__).parent / "assets"
 BASE, ADAPTER = ASSETS / "base", ASSETS / "adapter"
@@ -37,8 +38,8 @@ OWNER, BOT = "ada", "merge-bot"
 """Users: one who trains models, and the bot. Both belong to the organisation `demo`."""
 DELIVERY_SECONDS = 30.0
 """How long a webhook may take; it arrives within a second."""
-_NEEDED = ("fastapi", "uvicorn", "pygit2", "lz4", "jwt")
-"""Modules of the extra `demo` that the embedded Hub runs on."""
+_NEEDED = ("fastapi", "uvicorn", "jinja2", "pygit2", "lz4", "jwt", "cryptography")
+"""Modules of the extra `demo` that the embedded Hub and the bot run on."""
 
 
 def run_demo(*, keep: bool, console: Console) -> None:
@@ -102,41 +103,63 @@ class _Story:
         self._begin("An embedded Hub")
         organizations = {"demo": [f"{OWNER}:admin", f"{BOT}:write"]}
         secret = secrets.token_hex(16)
-        with LocalHub(self._place / "hub", self._tokens, organizations) as hub, Receiver(secret) as receiver:
+        with (
+            LocalHub(self._place / "hub", self._tokens, organizations) as hub,
+            self._bot(hub.url, secret) as bot,
+        ):
             os.environ["HF_ENDPOINT"] = hub.url
             self._fact("at", hub.url)
             self._fact("users", f"{OWNER}, who trains models, and {BOT}, both of the organisation demo")
-            self._watch(hub.url, receiver.url, secret)
-            adapter = self._push(hub.url)
-            self._await(receiver, adapter)
-            outcome = self._merge(hub.url)
-            publication = self._published(outcome)
-            self._compare(hub.url, publication)
-            self._repeat(hub.url)
+            self._watch(hub.url, bot, secret)
+            sha = self._push(hub.url)
+            job = self._await(bot, sha)
+            report = self._merge(bot, job)
+            self._published(report)
+            self._compare(hub.url, report["publication"])
+            self._repeat(bot, job)
+            url = report["publication"]["url"]
             self._console.print()
-            self._console.print(Text.assemble(("Pull request  ", "bold"), (publication.url, "bold cyan")))
+            self._console.print(Text.assemble(("Pull request  ", "bold"), (url, "bold cyan")))
             self._console.print(Text(f"All of it took {time.monotonic() - started:.0f} s.", style="dim"))
             if keep:
-                self._stay()
+                self._stay(bot)
             else:
                 self._console.print(
                     Text("The Hub is gone now; merge-adapter demo --keep leaves it up.", style="dim")
                 )
 
-    def _watch(self, endpoint: str, receiver: str, secret: str) -> None:
-        self._begin("A webhook on what is pushed to demo/*")
-        self._api(endpoint, BOT).create_webhook(
-            url=receiver, watched=[{"type": "org", "name": "demo"}], domains=["repo"], secret=secret
+    def _bot(self, endpoint: str, secret: str) -> AbstractContextManager[RunningBot]:
+        """The bot, as `merge-adapter serve` runs it, with one worker."""
+        from merge_adapter.bot.server import start
+        from merge_adapter.bot.settings import BotSettings
+
+        (self._place / "bot").mkdir()
+        return start(
+            BotSettings(
+                data=self._place / "bot",
+                port=0,
+                endpoint=endpoint,
+                token=self._tokens[BOT],
+                webhook_secret=secret,
+                watch=("demo",),
+                log_file=str(self._place / "bot" / "log.jsonl"),
+            )
         )
-        self._fact("delivers to", receiver)
 
-    def _push(self, endpoint: str) -> Push:
-        """Upload both; returns the push of the adapter, for which the webhook is to come."""
+    def _watch(self, endpoint: str, bot: RunningBot, secret: str) -> None:
+        self._begin("A bot that watches what is pushed to demo/*")
+        self._api(endpoint, BOT).create_webhook(
+            url=bot.webhook_url, watched=[{"type": "org", "name": "demo"}], domains=["repo"], secret=secret
+        )
+        self._fact("webhook to", bot.webhook_url)
+
+    def _push(self, endpoint: str) -> str:
+        """Upload both; returns the commit of the adapter, for which the webhook is to come."""
         self._begin(f"{OWNER} pushes a base model and an adapter")
-        pushed = [self._upload(endpoint, BASE_ID, BASE), self._upload(endpoint, ADAPTER_ID, ADAPTER)]
-        return pushed[-1]
+        self._upload(endpoint, BASE_ID, BASE)
+        return self._upload(endpoint, ADAPTER_ID, ADAPTER)
 
-    def _upload(self, endpoint: str, repo_id: str, folder: Path) -> Push:
+    def _upload(self, endpoint: str, repo_id: str, folder: Path) -> str:
         api = self._api(endpoint, OWNER)
         api.create_repo(repo_id)
         commit = api.upload_folder(
@@ -144,67 +167,52 @@ class _Story:
         )
         size = sum(path.stat().st_size for path in folder.iterdir())
         self._fact(repo_id, f"{size / 1e6:.1f} MB, commit {commit.oid[:12]}")
-        return Push(repo_id, commit.oid)
+        return str(commit.oid)
 
-    def _await(self, receiver: Receiver, expected: Push) -> None:
-        """Wait for the adapter's push; other pushes, such as a new repository's first commit, start no job."""
-        self._begin("The webhook arrives")
-        deadline = time.monotonic() + DELIVERY_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            if receiver.wait(left) == expected:
-                self._fact("push", f"{expected.repo_id} at {expected.sha[:12]}")
-                return
-        raise HubError(
-            f"no webhook told of the push to {ADAPTER_ID} within {DELIVERY_SECONDS:.0f} s",
-            hint="Something on this machine may block connections to 127.0.0.1.",
-        )
-
-    def _merge(self, endpoint: str) -> RunOutcome:
-        self._begin(f"{BOT} runs: merge-adapter run {ADAPTER_ID}")
-        from merge_adapter.report.terminal import show_merged
-
-        outcome = self._run(endpoint)
-        if outcome.merged is not None:
-            show_merged(self._console, outcome.merged)
-        if outcome.verdict is not Verdict.PASS:
-            raise NotEquivalentError(
-                f"the gate said {outcome.verdict.value} about the demo's own models: {' '.join(outcome.reasons)}",
-                hint="The merge of the shipped models should pass: please report this.",
+    def _await(self, bot: RunningBot, sha: str) -> Job:
+        """Wait for the job of the adapter's push; other pushes, such as the base model's, start none."""
+        self._begin("The webhook arrives, and becomes a job")
+        job = find_push(bot, ADAPTER_ID, sha, seconds=DELIVERY_SECONDS)
+        if job is None:
+            raise HubError(
+                f"no webhook told of the push to {ADAPTER_ID} within {DELIVERY_SECONDS:.0f} s",
+                hint="Something on this machine may block connections to 127.0.0.1.",
             )
-        return outcome
+        self._fact("push", f"{ADAPTER_ID} at {sha[:12]}")
+        self._fact("job", f"{job.id}, on the bot's page: {bot.url}/jobs/{job.id}")
+        return job
 
-    def _run(self, endpoint: str) -> RunOutcome:
-        from transformers.utils.logging import disable_progress_bar
-
-        from merge_adapter.hub import Hub
-        from merge_adapter.pipeline import MergeRequest, run
-        from merge_adapter.publish.settings import PublishSettings
+    def _merge(self, bot: RunningBot, job: Job) -> dict[str, Any]:
+        """Watch the job run; its report."""
+        self._begin(f"{BOT} runs: merge-adapter run {ADAPTER_ID}")
         from merge_adapter.report.progress import progress_for
-        from merge_adapter.resolve import SourceRequest
+        from merge_adapter.report.terminal import show_verdict
 
-        disable_progress_bar()  # ours shows each stage already
-        return run(
-            MergeRequest(source=SourceRequest(adapters=(ADAPTER_ID,), local_paths=False)),
-            PublishSettings(),
-            hub=Hub(endpoint, self._tokens[BOT]),
-            progress=progress_for(self._console, quiet=False),
-        )
+        ended = follow(bot, job.id, progress_for(self._console, quiet=False))
+        report = report_of(bot, ended)
+        if report is not None:
+            show_verdict(self._console, report["verification"])
+        if ended.verdict != "pass" or report is None or "publication" not in report:
+            raise NotEquivalentError(
+                f"the job of the demo's own models ended as {ended.state.value}: {ended.message}",
+                hint=f"The merge of the shipped models should pass: please report this. {ended.hint}".rstrip(),
+            )
+        return report
 
-    def _published(self, outcome: RunOutcome) -> Publication:
+    def _published(self, report: dict[str, Any]) -> None:
         self._begin("A pull request with weights, tokenizer, card and report")
-        publication = outcome.publication
-        assert publication is not None, "a run that passes publishes"
-        files = outcome.report["output"]["files"]
-        self._fact("repository", publication.repo)
-        self._fact("files", ", ".join(entry["path"] for entry in files))
-        self._fact("state", "draft" if publication.draft else "open, ready to merge")
-        return publication
+        publication = report["publication"]
+        self._fact("repository", publication["repo"])
+        self._fact("files", ", ".join(entry["path"] for entry in report["output"]["files"]))
+        self._fact("state", "draft" if publication["draft"] else "open, ready to merge")
 
-    def _compare(self, endpoint: str, publication: Publication) -> None:
+    def _compare(self, endpoint: str, publication: dict[str, Any]) -> None:
         self._begin("The pull request's model, downloaded and loaded without PEFT")
         from merge_adapter.demo.samples import write_samples
 
-        folder = self._api(endpoint, OWNER).snapshot_download(publication.repo, revision=publication.commit)
+        folder = self._api(endpoint, OWNER).snapshot_download(
+            publication["repo"], revision=publication["commit"]
+        )
         table = Table(show_lines=True, header_style="bold", expand=True)
         for heading in ("asked", "base", "base + adapter", "merged"):
             table.add_column(heading, overflow="fold", ratio=1)
@@ -216,13 +224,16 @@ class _Story:
         same = sum(sample.adapted == sample.merged for sample in samples)
         self._fact("same words", f"{same} of {len(samples)} answers of base + adapter and of merged")
 
-    def _repeat(self, endpoint: str) -> None:
-        self._begin("The same run again")
-        publication = self._run(endpoint).publication
-        self._fact("published", publication.operation.value if publication else "nothing")
+    def _repeat(self, bot: RunningBot, job: Job) -> None:
+        self._begin("The same asked for again")
+        again = repeat(bot, job)
+        publication = again.publication or {}
+        self._fact("published", str(publication.get("operation", again.state.value)))
 
-    def _stay(self) -> None:
-        self._console.print(Text("The Hub stays up. Ctrl-C ends it.", style="bold"))
+    def _stay(self, bot: RunningBot) -> None:
+        self._console.print(
+            Text(f"The Hub stays up, and the bot's page at {bot.url}. Ctrl-C ends them.", style="bold")
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
