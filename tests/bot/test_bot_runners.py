@@ -23,8 +23,9 @@ from merge_adapter.bot.settings import BotSettings, RunnerKind
 from merge_adapter.bot.store import Store
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.bot.worker import Worker, queue_for, runner_for
-from merge_adapter.errors import InputError
+from merge_adapter.errors import HubError, InputError
 from merge_adapter.hub import Hub
+from merge_adapter.hub.errors import RefusedError
 from merge_adapter.hub.jobs import Flavour, amount, hardware
 
 CHEAP = Flavour("cpu-basic", 16 * 10**9, 50 * 10**9, gpu=False, dollars_per_hour=0.01)
@@ -361,3 +362,42 @@ def queue_lease(job: Job) -> Any:
     from merge_adapter.bot.queue import Lease
 
     return Lease(job, job.owner or "", job.attempt)
+
+
+def test_a_fault_of_the_network_is_tried_again_and_a_refusal_is_not(
+    tmp_path: Path, make_settings: Any, eventually: Any
+) -> None:
+    """Raised or reported, the fault comes back to the queue; a verdict and a refusal end the job."""
+    settings = make_settings("http://127.0.0.1:9", tmp_path / "bot", workers=1, first_wait=0.05)
+    away = Outcome(JobState.FAILED, 5, "away")
+    answers: dict[str, list[Any]] = {
+        "ada/flaky": [HubError("away"), away, Outcome(JobState.DONE, 0, verdict="pass")],
+        "ada/refused": [RefusedError("403")],
+        "ada/rejected": [Outcome(JobState.REJECTED, 4, verdict="fail")],
+        "ada/killed": [Outcome(JobState.FAILED, -9, "signal 9"), Outcome(JobState.DONE, 0, verdict="pass")],
+        "ada/bug": [RuntimeError("oops")],
+    }
+
+    class Scripted:
+        def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
+            answer = answers[job.request.adapter].pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        ids = {name: queue.submit(JobRequest(name, "a" * 40, Source.PAGE)).job_id for name in answers}
+        worker = Worker(queue, Scripted(), settings, open_vault(settings))
+        worker.start()
+        eventually(lambda: not any(find_job(store, one).open for one in ids.values()), seconds=60)
+        worker.stop()
+        ended = {name: find_job(store, one) for name, one in ids.items()}
+    assert {name: (job.state, job.attempt, job.failures) for name, job in ended.items()} == {
+        "ada/flaky": (JobState.DONE, 3, 2),
+        "ada/refused": (JobState.REFUSED, 1, 0),
+        "ada/rejected": (JobState.REJECTED, 1, 0),
+        "ada/killed": (JobState.DONE, 2, 1),
+        "ada/bug": (JobState.FAILED, 1, 0),
+    }
+    assert all(answers[name] == [] for name in answers)
