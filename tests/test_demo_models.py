@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from merge_adapter.checkpoint.folder import Folder
-from merge_adapter.demo.receiver import Push, Receiver, read_push
 from merge_adapter.demo.samples import QUESTIONS, write_samples
 from merge_adapter.merge import merge
 from merge_adapter.package import package
@@ -125,55 +121,6 @@ def test_fixtures_name_their_base(lm_adapter: Path, embedding_adapter: Path) -> 
     ]
     assert named == ["demo/pydoc-llama", "sentence-transformers/all-MiniLM-L6-v2"]
     assert "README.md" in Folder(lm_adapter).files
-
-
-PAYLOAD: dict[str, Any] = {
-    "event": {"action": "update", "scope": "repo.content"},
-    "repo": {"type": "model", "name": "demo/answers", "headSha": "a" * 40},
-    "updatedRefs": [{"ref": "refs/heads/main", "oldSha": None, "newSha": "a" * 40}],
-}
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"event": {"action": "update", "scope": "discussion"}},
-        {"repo": {"type": "dataset", "name": "demo/answers"}},
-        {"repo": {"type": "model", "name": "../../etc"}},
-        {"repo": {"type": "model", "name": ["demo/answers"]}},
-        {"updatedRefs": [{"ref": "refs/pr/1", "oldSha": None, "newSha": "a" * 40}]},
-        {"updatedRefs": [{"ref": "refs/heads/main", "oldSha": "a" * 40, "newSha": None}]},
-        {"updatedRefs": [{"ref": "refs/heads/main", "oldSha": None, "newSha": "; rm -rf"}]},
-        {"updatedRefs": None},
-        {"event": None},
-    ],
-)
-def test_only_pushes_to_main_count(changed: dict[str, Any]) -> None:
-    """Pull requests, deletions and payloads that are not what they should be start no job."""
-    assert read_push(PAYLOAD) == Push("demo/answers", "a" * 40)
-    assert read_push(PAYLOAD | changed) is None
-
-
-def test_receiver_asks_for_the_secret() -> None:
-    """A delivery without the secret is refused; one with it arrives; garbage is answered, not obeyed."""
-
-    def deliver(body: bytes, secret: str) -> int:
-        request = urllib.request.Request(receiver.url, body, {"X-Webhook-Secret": secret})
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as refused:
-            refused.close()
-            return refused.code
-
-    body = json.dumps(PAYLOAD).encode()
-    with Receiver("right") as receiver:
-        assert deliver(body, "wrong") == 401
-        assert deliver(b"{", "right") == 400
-        assert deliver(b"[1]", "right") == 202
-        assert deliver(body, "right") == 202
-        assert receiver.wait(5) == Push("demo/answers", "a" * 40)
-        assert receiver.wait(0) is None
 
 
 def test_generation_of_the_base_needs_no_adapter(lm_base: Path) -> None:
