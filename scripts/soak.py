@@ -130,6 +130,7 @@ def _config(place: Path, hub_url: str, workers: int) -> Path:
         "lease_seconds": 5.0,
         "attempts": 1000,
         "first_wait": 1.0,
+        "longest_wait": 5.0,
     }
     path = place / "bot.toml"
     path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))

@@ -69,7 +69,8 @@ class BotSettings:
         60.0, "Seconds after which a job of a worker that fell silent goes to another."
     )
     attempts: int = _knob(8, "Failures of the network after which a job stays failed.")
-    first_wait: float = _knob(15.0, "Seconds before the first retry; doubled each time, an hour at most.")
+    first_wait: float = _knob(15.0, "Seconds before the first retry; doubled each time.")
+    longest_wait: float = _knob(3600.0, "Seconds between two tries at most.")
     jobs_per_user: int = _knob(5, "Open jobs that one user may have.")
     max_body: int = _knob(1 << 20, "Bytes of a request that are read at most.")
     retention_days: float = _knob(90.0, "Days after which ended jobs, their logs and reports are removed.")

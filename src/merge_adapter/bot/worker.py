@@ -52,7 +52,7 @@ def runner_for(settings: BotSettings) -> Runner:
 
 def queue_for(store: Store, settings: BotSettings) -> Queue:
     """The queue in `store` with the lease and the retries of the settings."""
-    rule = RetryRule(attempts=settings.attempts, first_wait=settings.first_wait)
+    rule = RetryRule(settings.attempts, settings.first_wait, settings.longest_wait)
     return Queue(store, lease_seconds=settings.lease_seconds, retry=rule)
 
 
