@@ -98,6 +98,8 @@ def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: C
     if unmoved:
         return "not merged"
     if evidence.stray <= max(ALONG, _rounding_stray(evidence, merged)):
+        if abs(alpha - 1) <= NEAR:
+            return _coarse(evidence)
         named = _named(alpha, clues)
         return named or f"merged at {alpha:.3g} times the adapter's strength"
     if clues.dora and evidence.residual < 1:
@@ -109,10 +111,15 @@ def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: C
         return f"differs from the base {change:.0f} times as much as the adapter's update: another base, or damaged"
     if abs(alpha) < 0.3:
         return f"another adapter: it moved by {change:.2g} of the update, hardly along it (alpha-hat {alpha:.2f})"
-    if evidence.residual < 0.3:
-        off = f"{evidence.residual:.2g} of the update"
-        return f"close to merged but off by {off}: coarser arithmetic or dtype on the way"
+    if evidence.residual < 0.3 or abs(alpha - 1) <= NEAR:
+        # errors without a direction, as large as they may be, are what a coarse grid leaves
+        return _coarse(evidence)
     return f"merged only in part, or mixed with another update (alpha-hat {alpha:.2f})"
+
+
+def _coarse(evidence: TensorEvidence) -> str:
+    off = f"{evidence.residual:.2g} of the update"
+    return f"merged, but off by {off}: coarser arithmetic or a coarser dtype on the way"
 
 
 def _named(alpha: float, clues: Clues) -> str:

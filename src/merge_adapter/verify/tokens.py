@@ -30,7 +30,7 @@ def survey(
             folder, trust_remote_code=trust, local_files_only=True
         )
     except Exception as error:  # noqa: BLE001 - tokenizers fail in every way there is; all of them mean "not there"
-        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     encoded = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
     return {
         "size": len(tokenizer),
