@@ -27,7 +27,6 @@ from merge_adapter.types import (
     FileOrigin,
     Origin,
     OutputFile,
-    QuantizedBase,
     Resolved,
     Verdict,
 )
@@ -164,11 +163,6 @@ def _limits(sources: Resolved, report: Mapping[str, Any]) -> str:
         "Weights stored in 16 bit round the update once; sampled text can differ where two tokens are almost equally "
         "likely.",
     ]
-    reference = report.get("settings", {}).get("quantized_base")
-    if reference == QuantizedBase.DEQUANTIZE and "quantization_config" in sources.base.config:
-        limits.append("The base model is stored quantised. The reference is its dequantised form, in 16 bit.")
-    if reference == QuantizedBase.ORIGINAL:
-        limits.append("The adapter was trained on a quantised base. The reference is the 16-bit original.")
     if sources.tokenizer is None:
         limits.append("The sources have no tokenizer; the outputs were compared on random token ids.")
     limits += [sentence(str(note)) for note in report.get("notes", ())]

@@ -160,6 +160,7 @@ def verify(
     seed: opt.CombinationSeed = 0,
     merged_subfolder: opt.MergedSubfolder = "",
     dtype: opt.DTypeOption = DType.AUTO,
+    quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
     device: opt.DeviceOption = "auto",
     trust_remote_code: opt.TrustRemoteCode = False,
     probe_tokens: opt.ProbeTokens = None,
@@ -182,6 +183,7 @@ def verify(
         hub=_hub(),
         progress=_progress(json=json, quiet=quiet),
         subfolder=merged_subfolder,
+        quantized_base=quantized_base,
     )
     report = document.verdict_only(sources, verification)
     if json:

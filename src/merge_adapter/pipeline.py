@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.errors import StorageError
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
@@ -26,6 +27,7 @@ from merge_adapter.types import (
     Progress,
     Publication,
     PublishTo,
+    QuantizedBase,
     Resolved,
     Verdict,
     Verification,
@@ -86,7 +88,7 @@ class RunOutcome:
 
 def plan_merge(request: MergeRequest, *, hub: Hub) -> tuple[Resolved, MergePlan]:
     """What `merge` would do, from configs and headers alone."""
-    sources = resolve(request.source, hub=hub)
+    sources = resolve(request.source, hub=hub, quantized_base=request.settings.quantized_base)
     return sources, make_plan(sources, request.settings)
 
 
@@ -109,12 +111,13 @@ def verify_merged(
     hub: Hub,
     progress: Progress,
     subfolder: str = "",
+    quantized_base: QuantizedBase = QuantizedBase.REFUSE,
 ) -> tuple[Resolved, Verification]:
     """Judge a merged checkpoint, whoever made it. Writes nothing to it."""
     from merge_adapter.verify import verify
 
     candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
-    sources = resolve(source, hub=hub)
+    sources = resolve(source, hub=hub, quantized_base=quantized_base)
     folder = candidate.folder(candidate.files)
     return sources, verify(folder, sources, settings=gate, progress=progress)
 
@@ -136,7 +139,7 @@ def run(
     if output is not None:
         check_destination(output)
         _check_rejected(output)
-    sources = resolve(request.source, hub=hub)
+    sources = resolve(request.source, hub=hub, quantized_base=request.settings.quantized_base)
     if publishing.publish_to is not PublishTo.NONE:
         publishing = prepare(sources, request.settings, publishing, hub=hub)
         published = find_published(sources, request.settings, publishing, hub=hub)
@@ -215,6 +218,10 @@ def _build(
     from merge_adapter.merge import merge
     from merge_adapter.package import package
 
+    if request.gate is not None and quantization_of(sources.base.config) is not None:
+        from merge_adapter.verify.quantized import check_library
+
+        check_library(sources.base.config)  # said before the work, not after it
     check_space(output.parent, plan.disk_bytes)
     with partial_folder(output) as partial, storage_errors(output):
         result = merge(

@@ -17,8 +17,9 @@ from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
+from merge_adapter.originals import settle_base
 from merge_adapter.several import check_adapters, compare_tokenizers
-from merge_adapter.types import Adapter, BaseModel, Combination, Origin, Repository, Resolved
+from merge_adapter.types import Adapter, BaseModel, Combination, Origin, QuantizedBase, Repository, Resolved
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -70,12 +71,16 @@ class SourceRequest:
     """Whether references may be folders of this machine; False where strangers write them."""
 
 
-def resolve(request: SourceRequest, *, hub: Hub) -> Resolved:
+def resolve(
+    request: SourceRequest, *, hub: Hub, quantized_base: QuantizedBase = QuantizedBase.REFUSE
+) -> Resolved:
     """Find adapter, base and tokenizer and pin each to a commit.
 
+    A base stored quantised is taken as `quantized_base` says.
     Raises NotFoundError for what does not exist, MalformedError for an unreadable config, PolicyError for a
     base on this machine named by a config on the Hub or a gate without access, HubError when the Hub
-    fails, MethodError when the method has no merge, BaseModelError when the base is itself an adapter.
+    fails, MethodError when the method has no merge, BaseModelError when the base is itself an adapter, or stored
+    quantised where that was not settled.
     """
     if not request.adapters:
         raise InputError(
@@ -98,7 +103,12 @@ def resolve(request: SourceRequest, *, hub: Hub) -> Resolved:
     check_adapters(adapters)
     for adapter in adapters:
         check_method(adapter.config)  # said before a base is looked for, which may be gated or gone
-    base = _open_base(adapters, request, hub, notes)
+    base = settle_base(
+        _open_base(adapters, request, hub, notes),
+        quantized_base,
+        lambda repo_id: _base_of(hub.open(repo_id)),
+        notes,
+    )
     tokenizer = _choose_tokenizer(adapters[0].repository, base.repository, notes)
     notes.extend(compare_tokenizers(adapters, tokenizer))
     return Resolved(
@@ -227,6 +237,16 @@ def _open_base(
         )
     else:
         repository = _base_from_configs(adapters, request, hub)
+    base = _base_of(repository)
+    named = adapters[0].config.get("base_model_name_or_path")
+    if request.base_model is not None and isinstance(named, str) and named and named != request.base_model:
+        origin = repository.origin
+        given = repr(origin.repo_id) if origin.repo_id else f"the folder {_folder_name(origin)!r}"
+        notes.append(f"The adapter names {named!r} as its base; {given} was given instead.")
+    return base
+
+
+def _base_of(repository: Repository) -> BaseModel:
     if MODEL_CONFIG not in repository.files:
         if ADAPTER_CONFIG in repository.files:
             raise BaseModelError(
@@ -237,13 +257,7 @@ def _open_base(
             f"the base model {repository.origin} has no {MODEL_CONFIG}",
             hint="Name a repository or folder that transformers can load: --base-model OWNER/NAME",
         )
-    config = read_json(repository, MODEL_CONFIG)
-    named = adapters[0].config.get("base_model_name_or_path")
-    if request.base_model is not None and isinstance(named, str) and named and named != request.base_model:
-        origin = repository.origin
-        given = repr(origin.repo_id) if origin.repo_id else f"the folder {_folder_name(origin)!r}"
-        notes.append(f"The adapter names {named!r} as its base; {given} was given instead.")
-    return BaseModel(repository=repository, config=config)
+    return BaseModel(repository=repository, config=read_json(repository, MODEL_CONFIG))
 
 
 def _folder_name(origin: Origin) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_adapter.checkpoint.layout import Layout, find_layout
+from merge_adapter.checkpoint.quantization import described, quantization_of
 from merge_adapter.checkpoint.quantized import dequantized
 from merge_adapter.errors import BaseModelError
 from merge_adapter.methods.change import TensorSpec, Weights
@@ -48,25 +49,25 @@ def read_base(base: BaseModel, settings: MergeSettings) -> BaseFiles:
 
     Raises BaseModelError for one that is stored quantised, unless the settings say to dequantise it.
     """
-    quantization = base.config.get("quantization_config")
-    if quantization and settings.quantized_base is not QuantizedBase.DEQUANTIZE:
-        method = (
-            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
-        )
+    quantization = quantization_of(base.config)
+    if quantization is not None and settings.quantized_base is not QuantizedBase.DEQUANTIZE:
         raise BaseModelError(
-            f"The base {base.repository.origin} is stored quantised ({method}); a merge into it would round the"
-            " update away.",
+            f"The base {base.repository.origin} is stored quantised ({described(quantization)}); a merge into it would"
+            " round the update away.",
             hint="Name the 16-bit original with --base-model, or merge into the dequantised weights with"
             " --quantized-base dequantize.",
         )
     layout = find_layout(base.repository)
-    if quantization:
+    if quantization is not None:
         plain = dequantized(base, layout)
         return BaseFiles(
             plain.layout,
             plain.layout.specs,
             lambda: plain.open(base),
-            notes=("The base is stored quantised; the reference is its dequantised form.",),
+            notes=(
+                f"The base is stored quantised ({described(quantization)}). The reference is its dequantised form, in "
+                f"{plain.dtype}: the weights that an adapter trained on this base saw.",
+            ),
             config_changes={"quantization_config": None},
         )
 
