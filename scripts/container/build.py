@@ -8,6 +8,7 @@ Then the action's entry point runs in the image as a runner would run it, on the
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -126,7 +127,6 @@ def build_image() -> None:
         "build",
         "--isolation=chroot",
         "--network=host",
-        "--layers",
         "--format=docker",  # the OCI format has no HEALTHCHECK
         f"--build-arg=BASE_IMAGE={BASE}",
         "--build-arg=PIP_NO_INDEX=1",
@@ -157,8 +157,7 @@ def merge_inside() -> None:
         "HOME": "/root",
     }
     try:
-        entry = buildah("inspect", "--format", "{{json .OCIv1.Config.Entrypoint}}", container, capture=True)
-        program = re.findall(r'"([^"]+)"', entry)
+        program = json.loads(buildah("inspect", container, capture=True))["OCIv1"]["config"]["Entrypoint"]
         buildah(
             "run",
             "--isolation=chroot",
