@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -63,8 +64,10 @@ class Candidate:
     """At most: what the Hub has already is not sent again."""
     memory_bytes: int = 0
     disk_bytes: int = 0
+    observed: float = 0.0
+    """When the Hub was asked for the revision, seconds since the epoch."""
 
-    def request(self, *, observed: float, batch: str) -> JobRequest:
+    def request(self, *, batch: str) -> JobRequest:
         """The job that does it."""
         return JobRequest(
             adapter=self.repo_id,
@@ -73,7 +76,7 @@ class Candidate:
             subfolder=self.subfolder,
             private=self.private,
             batch=batch,
-            observed=observed,
+            observed=self.observed,
         )
 
 
@@ -108,6 +111,7 @@ def _look(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
 
 
 def _plan(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
+    observed = time.time()
     sources = resolve(SourceRequest((repo_id,), local_paths=False), hub=hub)
     origin = sources.adapter.repository.origin
     publishing = prepare(sources, MergeSettings(), PublishSettings(allow_base=settings.allow_base), hub=hub)
@@ -118,6 +122,7 @@ def _plan(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
         base=sources.base.repository.origin.repo_id or "",
         revision=origin.revision or "",
         subfolder=origin.subfolder,
+        observed=observed,
         private=inspect("adapter", sources.adapter.repository)[0].openness is Openness.PRIVATE,
     )
     if published is not None:

@@ -34,7 +34,11 @@ def plan(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
         raise InputError(str(error.get("message", "")), hint=str(error.get("hint", "")))
     whole = not request.headers.get("HX-Request")
     return page(
-        "plan_page.html" if whole else "plan.html", session=session, can_login=True, plan=found, form=form
+        "plan_page.html" if whole else "plan.html",
+        session=session,
+        login_target="_self",
+        plan=found,
+        form=form,
     )
 
 

@@ -54,6 +54,13 @@ def oauth_app(parts: Parts) -> OAuthApp | None:
     )
 
 
+def login_target(parts: Parts) -> str:
+    """Where the login link opens, "" where nobody can log in. The Hub frames a Space, but not its own login page."""
+    if oauth_app(parts) is None:
+        return ""
+    return "_blank" if parts.settings.public_url.endswith(".hf.space") else "_self"
+
+
 def read_session(request: Request, parts: Parts) -> Session:
     """Who looks, from the cookie."""
     cookie = request.cookies.get(SESSION, "")

@@ -129,7 +129,7 @@ def _error(request: Request, parts: Parts, message: str, hint: str, status: int)
         template,
         status=status,
         session=session,
-        can_login=login.oauth_app(parts) is not None,
+        login_target=login.login_target(parts),
         message=message,
         hint=hint,
     )

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from merge_adapter.bot.app import Parts
 from merge_adapter.bot.jobs import Job, JobState
-from merge_adapter.bot.pages.login import Session, oauth_app
+from merge_adapter.bot.pages.login import Session, login_target
 from merge_adapter.bot.pages.render import HEADERS, page
 from merge_adapter.bot.rows import JobFilter, count_jobs, find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
@@ -31,7 +31,7 @@ _HUB = "https://huggingface.co"
 
 def common(session: Session, parts: Parts) -> dict[str, Any]:
     """What every whole page needs."""
-    return {"session": session, "can_login": oauth_app(parts) is not None}
+    return {"session": session, "login_target": login_target(parts)}
 
 
 def home(request: Request, session: Session, parts: Parts) -> HTMLResponse:
