@@ -14,7 +14,7 @@ from merge_adapter.errors import AccountingError, UnmergeableError
 from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, Planned, TensorSpec
-from merge_adapter.methods.combine import CombinedFile, combine
+from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.types import CombinationType, MergeSettings, Resolved, Strategy
@@ -148,10 +148,14 @@ def _plan_adapters(
     if sources.combination.type is CombinationType.SEQUENTIAL:
         for adapter in sources.adapters:
             checked, notes = check_config(adapter)
-            yield *_plan_reading(sources, settings, read_adapter(checked), base), notes
+            file = read_adapter(checked)
+            if len(sources.adapters) > 1 or adapter.weight != 1:
+                file = without_copies(file, base)
+            yield *_plan_reading(sources, settings, file, base), notes
         return
     checks = [check_config(adapter) for adapter in sources.adapters]
-    combined = combine([read_adapter(checked) for checked, _ in checks], sources.combination)
+    files = [without_copies(read_adapter(checked), base) for checked, _ in checks]
+    combined = combine(files, sources.combination)
     made = plan_adapter(sources, settings, combined.adapter, combined.specs, base)
     account(combined.specs, made.changes)
     yield combined, made, tuple(note for _, notes in checks for note in notes)

@@ -39,6 +39,7 @@ _NOT_A_SUM = {
     "use_bdlora": "BD-LoRA",
 }
 """Keys of a LoRA's config for which PEFT's combinations lose a part of the adapter: key -> name."""
+_COPY = ".base_layer."
 _ONE_BY_ONE = "Leave out --combination: the adapters' updates are then added up, each with its weight."
 
 
@@ -151,6 +152,32 @@ def combine(files: Sequence[AdapterFile], combination: Combination) -> CombinedF
         modules=modules,
         notes=tuple(note for file in files for note in file.notes),
     )
+
+
+def without_copies(file: AdapterFile, base: Mapping[str, TensorSpec]) -> AdapterFile:
+    """The file without the frozen copies of base tensors that PEFT saves beside an adapted embedding.
+
+    One adapter's copy may stand for the base; of several, each with its own, none can. A copy of another shape belongs
+    to a vocabulary that was resized, and is kept.
+    """
+    sizes: dict[str, set[tuple[int, ...]]] = {}
+    for spec in base.values():
+        sizes.setdefault(_ending(spec.name), set()).add(spec.shape)
+    copies = {
+        name
+        for name, spec in file.specs.items()
+        if _COPY in name and spec.shape in sizes.get(_ending(name.replace(_COPY, ".")), ())
+    }
+    if not copies:
+        return file
+    kept = {name: stored for name, stored in file.stored.items() if name not in copies}
+    note = f"{len(copies)} frozen copies of base tensors that an adapter carries were not used."
+    return replace(file, stored=kept, notes=(*file.notes, note))
+
+
+def _ending(name: str) -> str:
+    """The module's own name and the parameter's; what stands before differs between checkpoints."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _factors(file: AdapterFile) -> Mapping[str, Factors]:

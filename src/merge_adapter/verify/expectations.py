@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from merge_adapter.errors import MethodError
-from merge_adapter.types import Resolved
+from merge_adapter.types import CombinationType, Resolved
 from merge_adapter.verify.loading import PREFIX, AdapterFile, inner
 from merge_adapter.verify.oracle import Computed, Dora, LowRank, Replaced, Update
 from merge_adapter.verify.recipe import Recipe, recipe
+from merge_adapter.verify.weighted import COMBINED
 
 
 @dataclass
@@ -147,6 +148,8 @@ def _closed_form(
         return None
     magnitude: Tensor | None = None
     transposed = bool(getattr(module, "fan_in_fan_out", False))
+    if sources.combination.type is not CombinationType.SEQUENTIAL:
+        return _combined_form(module, weight, transposed=transposed)
     for at, (adapter, file) in enumerate(zip(sources.adapters, files, strict=True)):
         factors = _factors(file, name)
         if factors is None:
@@ -178,6 +181,19 @@ def _closed_form(
     if magnitude is not None:
         return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed)
     return LowRank(weight.detach(), left, right)
+
+
+def _combined_form(module: Any, weight: Tensor, *, transposed: bool) -> Update | None:
+    """W + B A with the factors that PEFT's `add_weighted_adapter` made."""
+    if COMBINED in module.lora_A:
+        down, up, flip = module.lora_A[COMBINED].weight, module.lora_B[COMBINED].weight, transposed
+    elif COMBINED in module.lora_embedding_A:
+        down, up, flip = module.lora_embedding_A[COMBINED], module.lora_embedding_B[COMBINED], True
+    else:
+        return None
+    up, down = up.detach().flatten(1).double(), down.detach().flatten(1).double()  # (out, r), (r, in)
+    left, right = (down.T, up.T) if flip else (up, down)
+    return LowRank(weight.detach(), left, right, form="PEFT's add_weighted_adapter, W + B A")
 
 
 _LORA_LEAVES = (

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
 from merge_adapter.types import Adapter, Repository, Resolved
 from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
+from merge_adapter.verify.weighted import activate
 
 PREFIX = "base_model.model."
 """What PEFT puts before every module path in an adapter file."""
@@ -294,9 +295,7 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
                 result = model.load_adapter(folder, adapter_name=name, torch_device="cpu")
                 missing += map(str, result.missing_keys)
                 unexpected += map(str, result.unexpected_keys)
-            if len(names) > 1:
-                model.base_model.set_adapter(list(names))
-                _weigh(model, names, sources)
+            activate(model, names, sources)
         except (
             ValueError,
             RuntimeError,
@@ -309,15 +308,6 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             raise MethodError(f"PEFT cannot put this adapter on its base: {error}") from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
-
-
-def _weigh(model: Any, names: tuple[str, ...], sources: Resolved) -> None:
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
-            for name, adapter in zip(names, sources.adapters, strict=True):
-                if name in scaling:
-                    scaling[name] *= adapter.weight
 
 
 def adapter_folder(repository: Repository) -> Path:

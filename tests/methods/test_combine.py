@@ -1,0 +1,372 @@
+"""Several adapters in one merge, against PEFT's add_weighted_adapter and its merge, and under the gate."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.errors import InputError, MethodError, ShapeError
+from merge_adapter.merge import merge
+from merge_adapter.methods.combine import check_combination
+from merge_adapter.plan import MergePlan, make_plan
+from merge_adapter.several import check_adapters, compare_tokenizers
+from merge_adapter.types import (
+    Adapter,
+    BaseModel,
+    Combination,
+    CombinationType,
+    MajoritySign,
+    MergeSettings,
+    Resolved,
+    Silent,
+    Verdict,
+)
+from merge_adapter.verify import VerifySettings, verify
+
+Sequential = Combination()
+WEIGHTS = (0.7, -0.4, 1.3)
+ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+WIDE = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"]}
+"""The second adapter reaches modules that the first leaves alone."""
+WEIGHTED = {
+    "linear": Combination(CombinationType.LINEAR),
+    "cat": Combination(CombinationType.CAT),
+    "svd": Combination(CombinationType.SVD),
+    "svd of rank 2": Combination(CombinationType.SVD, svd_rank=2),
+    "ties": Combination(CombinationType.TIES, density=0.6),
+    "ties by number": Combination(CombinationType.TIES, density=0.6, majority_sign=MajoritySign.FREQUENCY),
+    "ties_svd": Combination(CombinationType.TIES_SVD, density=0.6),
+    "dare_linear": Combination(CombinationType.DARE_LINEAR, density=0.5, seed=3),
+    "dare_linear_svd": Combination(CombinationType.DARE_LINEAR_SVD, density=0.5, seed=3),
+    "dare_ties": Combination(CombinationType.DARE_TIES, density=0.5, seed=3),
+    "dare_ties_svd": Combination(CombinationType.DARE_TIES_SVD, density=0.5, seed=3),
+    "magnitude_prune": Combination(CombinationType.MAGNITUDE_PRUNE, density=0.4),
+    "magnitude_prune_svd": Combination(CombinationType.MAGNITUDE_PRUNE_SVD, density=0.4),
+    "nothing pruned": Combination(CombinationType.TIES, density=1.0),
+}
+"""Every type, and the settings that change one."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """PEFT's advice to people who train."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@dataclass(frozen=True)
+class Several:
+    """A base with some adapters on disk."""
+
+    base: Path
+    adapters: tuple[Path, ...]
+
+    def sources(self, combination: Combination, weights: tuple[float, ...] = WEIGHTS) -> Resolved:
+        adapters = tuple(
+            Adapter(Folder(folder), config, config["peft_type"], weight)
+            for folder, weight in zip(self.adapters, weights, strict=False)
+            for config in [json.loads((folder / "adapter_config.json").read_text())]
+        )
+        config = json.loads((self.base / "config.json").read_text())
+        return Resolved(adapters, BaseModel(Folder(self.base), config), None, combination=combination)
+
+    def plan(self, combination: Combination, weights: tuple[float, ...] = WEIGHTS) -> MergePlan:
+        with quietly():
+            return make_plan(self.sources(combination, weights), MergeSettings())
+
+    def merge(
+        self, output: Path, combination: Combination, weights: tuple[float, ...] = WEIGHTS
+    ) -> dict[str, torch.Tensor]:
+        output.mkdir()
+        sources = self.sources(combination, weights)
+        plan = make_plan(sources, MergeSettings())
+        merge(plan, sources, output, settings=MergeSettings(), progress=Silent())
+        shutil.copy(self.base / "config.json", output)
+        if plan.config_changes:
+            config = {**json.loads((self.base / "config.json").read_text()), **plan.config_changes}
+            (output / "config.json").write_text(json.dumps(config))
+        return load_file(output / "model.safetensors")
+
+    def expected(self, combination: Combination) -> dict[str, torch.Tensor]:
+        """PEFT's own: all adapters loaded, combined by add_weighted_adapter, merged, in float32."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        names = [f"n{number}" for number in range(len(self.adapters))]
+        with quietly():
+            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+            model = PeftModel.from_pretrained(model, self.adapters[0], adapter_name=names[0])
+            for name, folder in zip(names[1:], self.adapters[1:], strict=True):
+                model.load_adapter(folder, adapter_name=name)
+            _draw_from(combination, model.base_model)
+            model.add_weighted_adapter(
+                names,
+                list(WEIGHTS[: len(names)]),
+                "made",
+                combination_type=combination.type.value,
+                density=combination.density,
+                majority_sign_method=combination.majority_sign.value,
+                svd_rank=combination.svd_rank,
+            )
+            merged = model.merge_and_unload(adapter_names=["made"])
+        return dict(merged.state_dict())
+
+
+def _draw_from(combination: Combination, tuner: Any) -> None:
+    """The one thing that PEFT leaves to chance: before each module, the seed that is the module's own."""
+    paths = {id(module): path for path, module in tuner.model.named_modules()}
+    inner = tuner._generalized_task_arithmetic_weighted_adapter
+
+    def seeded(kind: str, adapters: Any, weights: Any, target: Any, *rest: Any) -> Any:
+        torch.manual_seed(combination.seed_of(paths[id(target)]))
+        return inner(kind, adapters, weights, target, *rest)
+
+    tuner._generalized_task_arithmetic_weighted_adapter = seeded
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[..., Path]) -> Callable[..., Several]:
+    """`several(ATTENTION, WIDE, model_type=…)`: adapters of non-zero effect, one per config, saved by PEFT."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    made: dict[str, Several] = {}
+
+    def make(
+        *configs: Mapping[str, Any], model_type: str = "llama", dtype: torch.dtype = torch.float32
+    ) -> Several:
+        key = f"{configs} {model_type} {dtype}"
+        if key in made:
+            return made[key]
+        base = base_of(model_type, dtype)
+        folders = []
+        for number, config in enumerate(configs):
+            folder = tmp_path_factory.mktemp("adapter")
+            with quietly():
+                model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+                torch.manual_seed(number)
+                model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            parameter.add_(torch.randn_like(parameter) * 0.1)
+                model.save_pretrained(folder)
+            folders.append(folder)
+        made[key] = Several(base, tuple(folders))
+        return made[key]
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_combinations_are_those_of_peft(name: str, several: Callable[..., Several], tmp_path: Path) -> None:
+    """Every type gives what PEFT's weighted adapter gives, merged; random pruning of updates draws its own numbers."""
+    made, combination = several(ATTENTION, WIDE), WEIGHTED[name]
+    found = made.merge(tmp_path / "out", combination)
+    if combination.type.startswith("dare") and combination.type.endswith("svd"):
+        assert any(
+            not torch.equal(found[key], value)
+            for key, value in load_file(made.base / "model.safetensors").items()
+        )
+        return  # PEFT draws in float32 there; the gate's test below compares with draws in float64
+    expected = made.expected(combination)
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "svd", "ties_svd", "dare_linear_svd"])
+def test_transposed_layers_are_combined_too(
+    name: str, several: Callable[..., Several], tmp_path: Path
+) -> None:
+    """GPT-2's Conv1D holds its weight as [in, out]; pruning and SVD see the update as PEFT holds it."""
+    config = {"r": 4, "target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}
+    made = several(config, {**config, "lora_alpha": 16}, model_type="gpt2", dtype=torch.bfloat16)
+    made.merge(tmp_path / "out", WEIGHTED[name])
+    assert _judge(made, WEIGHTED[name], tmp_path / "out") is Verdict.PASS
+
+
+def test_sums_do_not_depend_on_the_order(several: Callable[..., Several], tmp_path: Path) -> None:
+    """Three adapters in all six orders give the same bytes, rounded once from W + all updates."""
+    configs = [{**ATTENTION, "lora_alpha": alpha} for alpha in (8, 16, 4)]
+    made = several(*configs, dtype=torch.bfloat16)
+    pairs = list(zip(made.adapters, WEIGHTS, strict=True))
+    results = []
+    for number, order in enumerate(itertools.permutations(pairs)):
+        shuffled = Several(made.base, tuple(folder for folder, _ in order))
+        results.append(
+            shuffled.merge(tmp_path / str(number), Sequential, tuple(weight for _, weight in order))
+        )
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+    key = "model.layers.0.self_attn.q_proj.weight"
+    expected = load_file(made.base / "model.safetensors")[key].double()
+    for folder, weight in pairs:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        a, b = (tensors[f"base_model.model.{key[:-7]}.lora_{part}.weight"].double() for part in "AB")
+        alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+        expected += weight * alpha / 4 * (b @ a)
+    off = (results[0][key].double() - expected).abs()
+    assert (off <= expected.abs() * 2**-8 * 1.001).all()
+
+
+def test_a_combination_is_the_same_in_every_run(several: Callable[..., Several], tmp_path: Path) -> None:
+    """DARE draws from its seed and nothing else; another seed draws other numbers."""
+    made, dare = several(ATTENTION, WIDE), WEIGHTED["dare_linear"]
+    torch.manual_seed(1)
+    first = made.merge(tmp_path / "one", dare)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    again = made.merge(tmp_path / "two", dare)
+    other = made.merge(tmp_path / "three", replace(dare, seed=4))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first[key], other[key])
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's numbers were drawn
+
+
+def test_ranks_may_differ_where_updates_are_added(several: Callable[..., Several], tmp_path: Path) -> None:
+    """cat, svd and plain sums take any ranks, rsLoRA and patterns; PEFT's scale for rsLoRA is not repeated."""
+    odd = {
+        **WIDE,
+        "r": 6,
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+    }
+    made = several(ATTENTION, odd)
+    plain = made.merge(tmp_path / "plain", Sequential)
+    cat = made.merge(tmp_path / "cat", WEIGHTED["cat"])
+    whole = made.merge(tmp_path / "svd", Combination(CombinationType.SVD, svd_rank=10))
+    for key, value in plain.items():
+        torch.testing.assert_close(cat[key], value, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(whole[key], value, rtol=1e-5, atol=2e-6)
+    with pytest.raises(MethodError, match="must be of one rank"):
+        made.plan(WEIGHTED["linear"])
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_a_combination_would_lose_is_refused(several: Callable[..., Several]) -> None:
+    """DoRA's magnitudes and tensors trained whole have no weighted form; sequential says where it cannot either."""
+    dora = several(ATTENTION, {**ATTENTION, "use_dora": True})
+    with pytest.raises(MethodError, match="DoRA"):
+        dora.plan(WEIGHTED["linear"])
+    saved = several(ATTENTION, {**ATTENTION, "modules_to_save": ["lm_head"]})
+    with pytest.raises(MethodError, match="trained whole"):
+        saved.plan(WEIGHTED["linear"])
+    assert saved.plan(Sequential, (0.5, 1.0)).consumed == saved.plan(Sequential, (0.5, 1.0)).adapter_tensors
+    both = several({**ATTENTION, "modules_to_save": ["lm_head"]}, {**WIDE, "modules_to_save": ["lm_head"]})
+    with pytest.raises(MethodError, match=r"lm_head\.weight is changed by two adapters"):
+        both.plan(Sequential, (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("combination", "adapters", "match"),
+    [
+        (Combination(CombinationType.TIES), 2, "how many values"),
+        (Combination(CombinationType.LINEAR, density=0.5), 2, "no effect"),
+        (Combination(CombinationType.TIES, density=1.5), 2, "not above 0"),
+        (Combination(CombinationType.LINEAR, svd_rank=4), 2, "no effect"),
+        (Combination(CombinationType.LINEAR), 1, "single adapter"),
+    ],
+)
+def test_settings_without_sense_are_refused(combination: Combination, adapters: int, match: str) -> None:
+    """Each with what to give instead, before anything is read."""
+    with pytest.raises(InputError, match=match):
+        check_combination(combination, adapters)
+
+
+def test_an_adapter_is_named_once_and_weighs_a_number(several: Callable[..., Several]) -> None:
+    made = several(ATTENTION, WIDE)
+    first, second = made.sources(Sequential, (1.0, float("nan"))).adapters
+    with pytest.raises(InputError, match="named twice"):
+        check_adapters((first, first))
+    with pytest.raises(InputError, match="not a finite number"):
+        check_adapters((first, second))
+
+
+def test_tokenizers_that_disagree_are_refused(
+    several: Callable[..., Several], lm_base: Path, tmp_path: Path
+) -> None:
+    """The same token under two ids: one model cannot answer to both. Other differences are a note."""
+    adapters = []
+    for number, source in enumerate(several(ATTENTION, WIDE).adapters):
+        folder = tmp_path / f"with-{number}"
+        shutil.copytree(source, folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(lm_base / name, folder)
+        adapters.append(Adapter(Folder(folder), {}, "LORA"))
+    pair = (adapters[0], adapters[1])
+    chosen = adapters[0].repository
+    assert not list(compare_tokenizers(pair, chosen))
+    (tmp_path / "with-1" / "tokenizer_config.json").write_text('{"chat_template": "other"}')
+    (note,) = compare_tokenizers(_fresh(pair), chosen)
+    assert "with-1" in note
+    assert "tokenizer_config.json" in note
+    path = tmp_path / "with-1" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    vocabulary = document["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ShapeError, match="different ids to 2 tokens"):
+        list(compare_tokenizers(_fresh(pair), chosen))
+
+
+def _fresh(adapters: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
+    """The same folders, their files listed anew."""
+    return tuple(replace(one, repository=Folder(one.repository.origin.folder or Path())) for one in adapters)
+
+
+# ------------------------------------------------------------------------------------------------------ gate
+
+
+def _judge(
+    made: Several, combination: Combination, folder: Path, weights: tuple[float, ...] = WEIGHTS
+) -> Verdict:
+    """The gate's verdict on the weights and layers: outputs cost a model run and decide nothing more here."""
+    settings = VerifySettings(isolated=False, probe_tokens=64, greedy_tokens=0)
+    with quietly():
+        return verify(folder, made.sources(combination, weights), settings=settings).verdict
+
+
+@pytest.mark.parametrize("name", ["sequential", *WEIGHTED])
+def test_the_gate_passes_each_combination(name: str, several: Callable[..., Several], tmp_path: Path) -> None:
+    """Against PEFT's own combination of the loaded adapters, bf16 as models are."""
+    made = several(ATTENTION, WIDE, dtype=torch.bfloat16)
+    combination = WEIGHTED.get(name, Sequential)
+    made.merge(tmp_path / "out", combination)
+    assert _judge(made, combination, tmp_path / "out") is Verdict.PASS
+
+
+@pytest.mark.parametrize("fault", ["weight", "adapter missing", "another combination"])
+@pytest.mark.parametrize("name", ["sequential", "linear"])
+def test_the_gate_fails_a_wrong_combination(
+    name: str, fault: str, several: Callable[..., Several], tmp_path: Path
+) -> None:
+    """A weight that is a tenth off, an adapter left out, or another combination than the one asked for."""
+    made = several(ATTENTION, WIDE, dtype=torch.bfloat16)
+    combination = WEIGHTED.get(name, Sequential)
+    if fault == "another combination":
+        made.merge(tmp_path / "out", WEIGHTED["svd of rank 2"])
+    else:
+        made.merge(tmp_path / "out", combination, (0.7, -0.44) if fault == "weight" else (0.7, 0.0))
+    assert _judge(made, combination, tmp_path / "out") is Verdict.FAIL
