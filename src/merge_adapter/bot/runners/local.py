@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -66,7 +67,7 @@ class LocalRunner:
         assert process.stdout is not None
         assert process.stderr is not None
         printed: list[bytes] = []
-        last = [""]
+        last: deque[str] = deque(maxlen=3)
         readers = (
             threading.Thread(target=lambda: printed.append(process.stdout.read()), daemon=True),  # type: ignore[union-attr]  # asserted above
             threading.Thread(target=_read_lines, args=(process.stderr, watch, last), daemon=True),
@@ -89,7 +90,7 @@ class LocalRunner:
             return Interrupted() if watch.stop.is_set() else _timed_out(self._settings.job_timeout)
         document = _document(b"".join(printed))
         keep_report(watch.folder, document)
-        return outcome_of(process.returncode, document, last_line=last[0])
+        return outcome_of(process.returncode, document, last_line=_telling(last, process.returncode))
 
 
 def withheld(name: str) -> bool:
@@ -108,13 +109,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _read_lines(stream: IO[bytes], watch: Watch, last: list[str]) -> None:
-    """Log every line; remember the last that says something. A line without end is cut into pieces."""
+def _telling(last: deque[str], code: int) -> str:
+    """Of the last lines the one that says what went wrong: a bug's exception stands above the two that report it."""
+    if code == ExitCode.BUG and len(last) == 3:
+        return last[0]
+    return last[-1] if last else ""
+
+
+def _read_lines(stream: IO[bytes], watch: Watch, last: deque[str]) -> None:
+    """Log every line; remember the last that say something. A line without end is cut into pieces."""
     while chunk := stream.readline(16384):
         text = chunk.decode("utf-8", errors="replace")
         watch.line(text)
         if text.strip():
-            last[0] = text.strip()
+            last.append(text.strip())
 
 
 def _document(printed: bytes) -> Mapping[str, Any]:
