@@ -132,7 +132,7 @@ def push_event() -> Callable[..., dict[str, Any]]:
 def eventually() -> Callable[..., Any]:
     """`eventually(f)`: what `f` gives as soon as it is true; fails after `seconds`."""
 
-    def wait(look: Callable[[], Any], *, seconds: float = 120.0) -> Any:
+    def wait(look: Callable[[], Any], *, seconds: float = 240.0) -> Any:
         deadline = time.monotonic() + seconds
         while True:
             found = look()

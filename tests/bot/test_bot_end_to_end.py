@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import pytest
+
 from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Source
 from merge_adapter.bot.queue import Submitted
 from merge_adapter.bot.rows import JobFilter, find_job, list_jobs
@@ -117,6 +119,7 @@ def _gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.timeout(900)  # waits for leases and for merges that begin anew
 def test_kill_9_of_worker_and_server_ends_in_exactly_one_pull_request(
     hub: Any,
     tmp_path: Path,

@@ -216,6 +216,20 @@ def test_a_bad_command_is_answered_with_what_is_wrong(
     assert jobs(bot) == []
 
 
+def test_a_refused_look_up_does_not_hold_up_what_comes_after(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """A comment in a discussion that is not there is settled; the push behind it becomes a job."""
+    bot = commanded_bot
+    repo_id, sha = push_adapter("ada/held-up")
+    with commented(api, repo_id, "@merge-adapter merge") as event:
+        lost = {**event, "discussion": {"num": 999, "id": "d"}}
+    send(bot.webhook_url, lost)
+    send(bot.webhook_url, push_event(repo_id, sha))
+    settled(bot, eventually)
+    assert jobs(bot) == [(repo_id, sha, JobState.QUEUED)]
+
+
 def test_members_of_an_organisation_may_command(
     commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
 ) -> None:

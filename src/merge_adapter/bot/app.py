@@ -75,7 +75,7 @@ def make_app(parts: Parts) -> FastAPI:
 async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request, never more than `limit` bytes of it. Raises BodyTooLargeError."""
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLargeError
     body = bytearray()
     async for chunk in request.stream():

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from merge_adapter.bot.answers import ended_text, marker_of
+from merge_adapter.bot.intake import is_final
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.queue import Queue
 from merge_adapter.bot.settings import BotSettings
@@ -52,10 +53,10 @@ class Housekeeping:
             reply = job.request.reply
             try:
                 say_once(self._hub, reply.repo_id, reply.number, text, marker=marker)
-            except RemoteError:
-                raise  # the Hub is away: the next look comes back to it
-            except MergeAdapterError as error:  # the discussion is gone
-                log("answer-lost", job=job.id, error=error.message)
+            except MergeAdapterError as error:
+                if isinstance(error, RemoteError) and not is_final(error):
+                    raise  # the Hub is away: the next look comes back to it
+                log("answer-lost", job=job.id, error=error.message)  # the discussion is gone or closed to us
             self._queue.answered(job.id)
 
     def remove_old(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from merge_adapter.bot.answers import accepted_text, marker_of, refused_text
@@ -16,6 +17,7 @@ from merge_adapter.bot.queue import Duplicate, OverLimit, Submission, Submitted
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import InputError, MergeAdapterError, NotFoundError, PolicyError, RemoteError
 from merge_adapter.hub.conversations import Comment, members, read_comments, say_once
+from merge_adapter.hub.errors import RefusedError, status_of
 from merge_adapter.hub.repository import HubRepository
 
 if TYPE_CHECKING:
@@ -85,8 +87,11 @@ class Intake:
             else:
                 self._comment(pending, event)
         except RemoteError as error:
-            self.inbox.postpone(pending, error.message)
-            log("event-postponed", **facts, error=error.message)
+            if is_final(error):
+                self.inbox.settle(pending, error.message)
+            else:
+                self.inbox.postpone(pending, error.message)
+            log("event-refused" if is_final(error) else "event-postponed", **facts, error=error.message)
         except (
             InputError,
             PolicyError,
@@ -205,6 +210,11 @@ class Intake:
     def _say(self, event: CommentEvent, text: str, key: str) -> None:
         marker = marker_of(key)
         say_once(self.hub, event.repo_id, event.number, f"{text}\n\n{marker}", marker=marker)
+
+
+def is_final(error: RemoteError) -> bool:
+    """Whether asking the Hub again would change nothing. A token that it does not know may be replaced."""
+    return isinstance(error, RefusedError) and status_of(error) != HTTPStatus.UNAUTHORIZED
 
 
 def adapter_folder(files: Mapping[str, object]) -> str | None:

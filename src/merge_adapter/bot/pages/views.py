@@ -51,8 +51,8 @@ def jobs(request: Request, session: Session, parts: Parts) -> HTMLResponse:
     """The list with filter and search; for htmx the list alone."""
     query = request.query_params
     state, text = query.get("state", ""), query.get("q", "")[:200]
-    number = query.get("page", "1")
-    at = min(int(number), 10_000) if number.isdigit() and int(number) else 1
+    number = query.get("page", "1")[:9]
+    at = min(int(number), 10_000) if number.isdecimal() and int(number) else 1
     states = (JobState(state),) if state in {one.value for one in JobState} else ()
     wanted = JobFilter(states, text, viewer=session.viewer)
     found = list_jobs(parts.queue.store, wanted, limit=_PAGE + 1, offset=(at - 1) * _PAGE)
