@@ -29,6 +29,7 @@ from merge_adapter.types import (
     OnFail,
     PublishTo,
     QuantizedBase,
+    SoftPrompt,
     Strategy,
     Verdict,
 )
@@ -111,6 +112,7 @@ def merge(
     device: opt.DeviceOption = "auto",
     strategy: opt.StrategyOption = Strategy.AUTO,
     quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
+    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
     trust_remote_code: opt.TrustRemoteCode = False,
     no_verify: opt.NoVerify = False,
     probe_tokens: opt.ProbeTokens = None,
@@ -122,11 +124,11 @@ def merge(
     from merge_adapter.pipeline import merge_to_folder
     from merge_adapter.report.terminal import show_merged
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
+    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
     gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
     combined = Combination(combination, density, majority_sign, svd_rank, seed)
     named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder)
+    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
     merged = merge_to_folder(
         _request(source, settings, gate, device),
         output,
@@ -178,7 +180,7 @@ def verify(
     combined = Combination(combination, density, majority_sign, svd_rank, seed)
     sources, verification = verify_merged(
         merged,
-        _source(tuple(adapter), weights, combined, base_model, base_revision, subfolder),
+        _source(tuple(adapter), weights, combined, base_model, base_revision, subfolder, SoftPrompt.TOKENS),
         replace(_gate(settings, device, probe_tokens, probes), full_mutants=mutants),
         hub=_hub(),
         progress=_progress(json=json, quiet=quiet),
@@ -212,6 +214,7 @@ def plan(
     dtype: opt.DTypeOption = DType.AUTO,
     strategy: opt.StrategyOption = Strategy.AUTO,
     quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
+    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
 ) -> None:
@@ -219,10 +222,10 @@ def plan(
     from merge_adapter.pipeline import plan_merge
     from merge_adapter.report.terminal import plan_document, show_plan
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
+    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
     combined = Combination(combination, density, majority_sign, svd_rank, seed)
     named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder)
+    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
     sources, planned = plan_merge(_request(source, settings, None, "cpu"), hub=_hub())
     if json:
         _print_json(plan_document(sources, planned))
@@ -255,6 +258,7 @@ def run_(
     device: opt.DeviceOption = "auto",
     strategy: opt.StrategyOption = Strategy.AUTO,
     quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
+    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
     trust_remote_code: opt.TrustRemoteCode = False,
     no_verify: opt.NoVerify = False,
     probe_tokens: opt.ProbeTokens = None,
@@ -267,11 +271,11 @@ def run_(
     from merge_adapter.publish import PublishSettings
     from merge_adapter.report.terminal import show_run
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code)
+    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
     gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
     combined = Combination(combination, density, majority_sign, svd_rank, seed)
     named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder)
+    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
     publishing = PublishSettings(
         publish_to=publish,
         target_repo=target_repo,
@@ -373,11 +377,18 @@ def _source(
     base_model: str | None,
     base_revision: str | None,
     subfolder: str,
+    soft_prompt: SoftPrompt,
 ) -> SourceRequest:
     from merge_adapter.resolve import SourceRequest
 
     return SourceRequest(
-        adapters, tuple(weights or ()), base_model, base_revision, subfolder, combination=combination
+        adapters,
+        tuple(weights or ()),
+        base_model,
+        base_revision,
+        subfolder,
+        combination=combination,
+        soft_prompt=soft_prompt,
     )
 
 

@@ -14,6 +14,7 @@ from merge_adapter.types import (
     OnFail,
     PublishTo,
     QuantizedBase,
+    SoftPrompt,
     Strategy,
 )
 
@@ -163,6 +164,14 @@ StrategyOption = Annotated[
 QuantizedBaseOption = Annotated[
     QuantizedBase,
     typer.Option(help="What to merge into when the base is stored quantised.", rich_help_panel=_MERGE),
+]
+SoftPromptOption = Annotated[
+    SoftPrompt,
+    typer.Option(
+        "--soft-prompt",
+        help="tokens: prompt tuning and P-tuning become new tokens that the tokenizer puts in front.",
+        rich_help_panel=_MERGE,
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

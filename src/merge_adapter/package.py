@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_adapter.methods.refuse import SOFT_PROMPTS
 from merge_adapter.packaging.code import AUTO_MAP, copy_code, without_code
 from merge_adapter.packaging.configs import merged_config, repaired_generation_config, without_places
 from merge_adapter.packaging.reading import read_limited, read_object
 from merge_adapter.packaging.sentence import write_sentence_transformer
+from merge_adapter.packaging.soft_prompt import write_soft_prompt
 from merge_adapter.packaging.tokenizer import source_of, write_processors, write_tokenizer
 from merge_adapter.packaging.writing import Writer
 from merge_adapter.types import MergeSettings, OutputFile, Resolved
@@ -54,6 +56,8 @@ def package(sources: Resolved, plan: MergePlan, destination: Path, *, settings: 
         destination, taken=frozenset((*(shard.path for shard in plan.outputs), *filter(None, (plan.index,))))
     )
     _write_config(sources, plan, writer, settings)
+    if sources.adapter.method in SOFT_PROMPTS:
+        write_soft_prompt(sources, writer)  # first: what is written already is not copied
     _write_generation_config(sources, writer)
     write_tokenizer(sources, writer, settings)
     write_processors(sources, writer, settings)

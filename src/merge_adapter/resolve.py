@@ -19,7 +19,16 @@ from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.originals import settle_base
 from merge_adapter.several import check_adapters, compare_tokenizers
-from merge_adapter.types import Adapter, BaseModel, Combination, Origin, QuantizedBase, Repository, Resolved
+from merge_adapter.types import (
+    Adapter,
+    BaseModel,
+    Combination,
+    Origin,
+    QuantizedBase,
+    Repository,
+    Resolved,
+    SoftPrompt,
+)
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -67,6 +76,8 @@ class SourceRequest:
     """Where in its repository the first adapter lies."""
     combination: Combination = field(default_factory=Combination)
     """How several adapters become one update."""
+    soft_prompt: SoftPrompt = SoftPrompt.REFUSE
+    """What becomes of prompt tuning and P-tuning."""
     local_paths: bool = True
     """Whether references may be folders of this machine; False where strangers write them."""
 
@@ -102,7 +113,9 @@ def resolve(
     )
     check_adapters(adapters)
     for adapter in adapters:
-        check_method(adapter.config)  # said before a base is looked for, which may be gated or gone
+        check_method(
+            adapter.config, soft_prompt=request.soft_prompt
+        )  # said before a base is looked for, which may be gated or gone
     base = settle_base(
         _open_base(adapters, request, hub, notes),
         quantized_base,

@@ -183,6 +183,14 @@ class QuantizedBase(StrEnum):
     ORIGINAL = "original"
 
 
+class SoftPrompt(StrEnum):
+    """What becomes of learned virtual tokens, which are an input to the model rather than a part of its weights."""
+
+    REFUSE = "refuse"
+    TOKENS = "tokens"
+    """Real tokens, new rows of the vocabulary, that the tokenizer puts in front of every input."""
+
+
 @dataclass(frozen=True)
 class MergeSettings:
     """What a user can choose about a merge; equal settings and sources give equal bytes."""
@@ -191,6 +199,7 @@ class MergeSettings:
     strategy: Strategy = Strategy.AUTO
     quantized_base: QuantizedBase = QuantizedBase.REFUSE
     trust_remote_code: bool = False
+    soft_prompt: SoftPrompt = SoftPrompt.REFUSE
 
 
 # ------------------------------------------------------------------------------------- merge, package

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from merge_adapter.checkpoint.reader import StoredWeights
 
 PREFIX = "base_model.model."
+PROMPT = "prompt_embeddings"
+"""The one tensor of a soft prompt, which belongs to no module and has no prefix."""
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 """Path segments that FSDP, torch.compile and activation checkpointing leave in names."""
@@ -155,7 +157,7 @@ def _one_prefix(name: str) -> str:
 
 
 def _with_prefix(name: str) -> str:
-    return name if name.startswith("base_model.") else PREFIX + name
+    return name if name.startswith("base_model.") or name == PROMPT else PREFIX + name
 
 
 def _without_lora_name(name: str) -> str:

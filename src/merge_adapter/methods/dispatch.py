@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from merge_adapter.errors import AccountingError, BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
-from merge_adapter.methods.refuse import check_method
+from merge_adapter.methods.refuse import SOFT_PROMPTS, check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import PEFT_PREFIX, NoNames, general_names, name_map, split_targets
 from merge_adapter.types import Adapter, MergeSettings, Resolved, Strategy
@@ -26,7 +26,12 @@ def plan_adapter(
 
     Raises MethodError for what has no merge, before anything heavy is imported, and what planners raise.
     """
-    method = check_method(adapter.config)
+    method = check_method(adapter.config, soft_prompt=settings.soft_prompt)
+    if method.peft_type in SOFT_PROMPTS:
+        from merge_adapter.methods.soft_prompt import plan_soft_prompt
+
+        names = _general(sources, settings, adapter, tensors, base, method)
+        return plan_soft_prompt(_context(sources, settings, adapter, tensors, base, names))
     in_memory = settings.strategy is Strategy.MEMORY
     if method.way is Way.ROWS and not in_memory and not any(adapter.config.get(key) for key in _LAYER_ONLY):
         names = name_map(

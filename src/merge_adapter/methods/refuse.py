@@ -7,6 +7,7 @@ from typing import Any
 
 from merge_adapter.errors import MethodError
 from merge_adapter.methods.table import METHODS, Method, Way, find_method, what_to_do
+from merge_adapter.types import SoftPrompt
 
 _VARIANTS: Mapping[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("aLoRA", "it acts only after its invocation tokens, which a fixed weight cannot"),
@@ -30,7 +31,11 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
 _UNMERGED = "Keep the adapter and load it with PEFT beside its base."
 
 
-def check_method(config: Mapping[str, Any]) -> Method:
+SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+"""Methods whose prompt can become tokens: learned embeddings in front of the input and nothing else."""
+
+
+def check_method(config: Mapping[str, Any], *, soft_prompt: SoftPrompt = SoftPrompt.REFUSE) -> Method:
     """The table's entry for an adapter_config.json. Raises MethodError with the reason when it has no merge."""
     given = config.get("peft_type")
     if not isinstance(given, str) or not given:
@@ -45,6 +50,8 @@ def check_method(config: Mapping[str, Any]) -> Method:
             f"The method {given[:60]!r} is not one that can be merged. Those that can: {known}.",
             hint="Check peft_type in adapter_config.json; for a newer method of PEFT, update merge-adapter.",
         )
+    if method.peft_type in SOFT_PROMPTS and soft_prompt is SoftPrompt.TOKENS:
+        return method
     if method.way is Way.NONE:
         raise MethodError(f"{method.title} adapters cannot be merged. {method.note}", hint=what_to_do(method))
     if method.peft_type == "LORA":

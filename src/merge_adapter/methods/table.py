@@ -110,9 +110,11 @@ METHODS: tuple[Method, ...] = (
     Method("PREFIX_TUNING", "Prefix tuning", Way.NONE, None, (),
            "It is a learned key-value prefix of every layer: an input to attention, not a weight."),
     Method("PROMPT_TUNING", "Prompt tuning", Way.NONE, None, (),
-           "It is a learned prompt: an input to the model, not a weight."),
+           "It is a learned prompt: an input to the model, not a weight. On a causal language model"
+           " `--soft-prompt tokens` makes it rows of the vocabulary."),
     Method("P_TUNING", "P-tuning", Way.NONE, None, (),
-           "It is a learned prompt: an input to the model, not a weight."),
+           "It is a learned prompt: an input to the model, not a weight. On a causal language model"
+           " `--soft-prompt tokens` makes it rows of the vocabulary."),
     Method("SHADOW", "ShadowPEFT", Way.NONE, None, ("shadow_",),
            "It runs a second small model beside the base, which no weight of the base can hold."),
     Method("XLORA", "X-LoRA", Way.NONE, None, (),
@@ -131,6 +133,8 @@ def find_method(peft_type: str) -> Method | None:
 
 def what_to_do(method: Method) -> str:
     """The next step for a method that cannot be merged."""
+    if method.peft_type in ("PROMPT_TUNING", "P_TUNING"):
+        return "On a causal language model: --soft-prompt tokens makes its virtual tokens rows of the vocabulary."
     return "Name the LoRA inside it as the adapter." if method.peft_type == "XLORA" else _KEEP
 
 

@@ -50,21 +50,64 @@ class Ties:
 
 
 def find_ties(context: Context, edits: Sequence[Edit]) -> Ties:
-    """Look at every set of tied parameters that an edit touches."""
+    """Look at every set of tied parameters that an edit touches, and once one parts, at all others."""
+    touched = [
+        members
+        for members in context.names.ties()
+        if any(edit.parameter in members for edit in edits)
+    ]
+    parting = [members for members in touched if not _alike(context, _of(edits, members))]
     found = Ties(tuple(edits))
-    done: set[str] = set()
-    for edit in edits:
-        if edit.parameter in done or not context.names.tied(edit.parameter):
-            continue
-        members = tuple(sorted((edit.parameter, *context.names.tied(edit.parameter))))
-        done.update(members)
-        touched = [one for one in edits if one.parameter in members]
+    for members in touched:
         found = (
-            replace(found, edits=_folded(context, found.edits, members))
-            if _alike(context, touched)
-            else _parted(context, found, members, frozenset(one.parameter for one in touched))
+            _parted(context, found, members)
+            if members in parting
+            else replace(found, edits=_folded(context, found.edits, members))
         )
-    return found
+    return _loosened(context, found, set(parting)) if parting else found
+
+
+def loosened_copies(context: Context, members: tuple[str, ...]) -> tuple[Change, ...]:
+    """Tensors for tied parameters that nothing changes, where the config no longer ties them."""
+    return tuple(
+        _copy(context, name, made)
+        for name in members
+        if not context.names.tied_for_good(name) and (made := _own_tensor(context, name)) is not None
+    )
+
+
+def check_can_part(context: Context, members: tuple[str, ...]) -> None:
+    """Raise MethodError unless a checkpoint of this architecture can hold the members apart."""
+    model_type = context.sources.base.config.get("model_type")
+    if model_type in _SCALED_BY_TIE or any(context.names.tied_for_good(name) for name in members):
+        raise MethodError(
+            f"The adapter changes one of {', '.join(members)}, which this model ties for good: no checkpoint of "
+            f"model type {model_type} can hold them apart.",
+            hint="Keep the adapter unmerged.",
+        )
+
+
+def _of(edits: Sequence[Edit], members: tuple[str, ...]) -> list[Edit]:
+    return [edit for edit in edits if edit.parameter in members]
+
+
+def _loosened(context: Context, found: Ties, parted: set[tuple[str, ...]]) -> Ties:
+    """The other sets, which the config unties as well: each member gets a tensor of the same values."""
+    edits, own, copies = list(found.edits), dict(found.parted), list(found.copies)
+    for members in context.names.ties():
+        if members in parted:
+            continue
+        same = _of(found.edits, members)
+        if not same:
+            copies.extend(loosened_copies(context, members))
+            continue
+        changed = [edit for edit in same if edit.parameter == same[0].parameter]
+        for name in members:
+            made = _own_tensor(context, name)
+            if made is not None and not context.names.tied_for_good(name):
+                own[name] = made
+                edits.extend(replace(edit, parameter=name, counted=False) for edit in changed)
+    return replace(found, edits=tuple(edits), parted=own, copies=tuple(copies))
 
 
 def _alike(context: Context, touched: Sequence[Edit]) -> bool:
@@ -101,10 +144,12 @@ def _folded(context: Context, edits: Sequence[Edit], members: tuple[str, ...]) -
     return tuple(kept)
 
 
-def _parted(context: Context, found: Ties, members: tuple[str, ...], changed: frozenset[str]) -> Ties:
+def _parted(context: Context, found: Ties, members: tuple[str, ...]) -> Ties:
     """Each member with a tensor of its own."""
-    _check_can_part(context, members)
+    check_can_part(context, members)
     parted, copies = dict(found.parted), list(found.copies)
+    edits = (*_resized(found.edits, members), *found.edits)
+    changed = frozenset(edit.parameter for edit in _of(edits, members))
     for name in members:
         made = _own_tensor(context, name)
         if made is None:
@@ -113,21 +158,37 @@ def _parted(context: Context, found: Ties, members: tuple[str, ...], changed: fr
             parted[name] = made
         else:
             copies.append(_copy(context, name, made))
+    by_itself = sorted({edit.parameter for edit in _of(found.edits, members)})
     note = (
         f"{' and '.join(members)} were tied in the base and are no longer: the adapter changed"
-        f" {' and '.join(sorted(changed))} by itself."
+        f" {' and '.join(by_itself)} by itself."
     )
-    return replace(found, parted=parted, copies=tuple(copies), untied=True, notes=(*found.notes, note))
+    return replace(
+        found,
+        edits=edits,
+        parted=parted,
+        copies=tuple(copies),
+        untied=True,
+        notes=(*found.notes, note),
+    )
 
 
-def _check_can_part(context: Context, members: tuple[str, ...]) -> None:
-    model_type = context.sources.base.config.get("model_type")
-    if len(members) > 2 or model_type in _SCALED_BY_TIE:
-        raise MethodError(
-            f"The adapter changes one of {', '.join(members)}, which this model ties for good: no checkpoint of "
-            f"model type {model_type} can hold them apart.",
-            hint="Keep the adapter unmerged.",
-        )
+def _resized(edits: Sequence[Edit], members: tuple[str, ...]) -> list[Edit]:
+    """What the frozen weight below an adapted member says of the others, which it was tied to in training.
+
+    PEFT saves the frozen embedding where it was resized; all members had those rows.
+    """
+    touched = _of(edits, members)
+    frozen = [edit for edit in touched if edit.follows_ties and edit.arithmetic is None]
+    replaced = {edit.parameter for edit in touched if edit.arithmetic is None}
+    if len({edit.parameter for edit in frozen}) != 1:
+        return []
+    return [
+        replace(edit, parameter=name, counted=False)
+        for name in members
+        if name not in replaced
+        for edit in frozen
+    ]
 
 
 def _own_tensor(context: Context, parameter: str) -> TensorSpec | None:

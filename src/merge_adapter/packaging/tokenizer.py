@@ -81,6 +81,14 @@ def write_tokenizer(sources: Resolved, writer: Writer, settings: MergeSettings) 
     writer.note(f"The tokenizer is the {source}'s, the chat template the {whose}'s.")
 
 
+def templates_of(sources: Resolved) -> dict[str, bytes]:
+    """The chat template's files that the merged model gets, wherever they come from; empty where there are none."""
+    for repository in (sources.adapter.repository, sources.base.repository):
+        if sources.tokenizer is not None and _has_template(repository):
+            return _template_of(repository)
+    return {}
+
+
 def template_beside(sources: Resolved) -> dict[str, bytes]:
     """The chat template's files where it is not of the tokenizer's own repository; empty where it is, or is none.
 

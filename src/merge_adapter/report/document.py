@@ -25,6 +25,7 @@ from merge_adapter.types import (
     OutputFile,
     Publication,
     Resolved,
+    SoftPrompt,
     Verdict,
     Verification,
 )
@@ -52,11 +53,14 @@ def source_entry(origin: Origin) -> dict[str, Any]:
 
 def settings_entry(settings: MergeSettings) -> dict[str, Any]:
     """What the user chose, but for the dtype, which stands with the output. Publications are told apart by it."""
-    return {
+    entry: dict[str, Any] = {
         "strategy": settings.strategy.value,
         "quantized_base": settings.quantized_base.value,
         "trust_remote_code": settings.trust_remote_code,
     }
+    if settings.soft_prompt is not SoftPrompt.REFUSE:
+        entry["soft_prompt"] = settings.soft_prompt.value
+    return entry
 
 
 def combination_entry(combination: Combination) -> dict[str, Any]:
