@@ -84,6 +84,7 @@ class Bot:
 
 def main() -> int:
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C, and no bot is left behind
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="merge-adapter-soak-") as name, _own_caches(Path(name)):
         place = Path(name)
