@@ -304,6 +304,14 @@ class NameMap(Protocol):
         `lm_head.weight` for `model.embed_tokens.weight` and the other way round; () when none do."""
         ...
 
+    def ties(self) -> Iterable[tuple[str, ...]]:
+        """Every set of tied parameters, each sorted."""
+        ...
+
+    def tied_for_good(self, parameter: str) -> tuple[str, ...]:
+        """Those of `tied` that share its storage even when config.json says that embeddings are not tied."""
+        ...
+
     def disk_name(self, parameter: str) -> str:
         """The name under which a parameter that the checkpoint lacks is to be stored so that it loads.
 

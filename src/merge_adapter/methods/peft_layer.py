@@ -31,6 +31,7 @@ from merge_adapter.methods.peft_run import MergeTogether, Output, Session, Sourc
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.replacements import replacement_edits
 from merge_adapter.methods.table import Method, Way
+from merge_adapter.methods.tying import check_can_part, loosened_copies
 from merge_adapter.names.conversion import ConvertedNames
 from merge_adapter.types import Strategy
 
@@ -105,18 +106,18 @@ class _Planner:
             raise MethodError("The adapter changes nothing: no module of the base is a target of it.")
         session = Session(self.names, self.adapted, self.assigned, self.context.config, self.way)
         outputs = {layer.path: self._outputs(layer) for layer in layers}
-        untied = self._untied(layers, outputs)
+        untied, copies = self._untied(layers, outputs)
         changes: list[Change] = []
         shared = self.assigned.shared
         for members in self._together(layers, outputs):
             changes.append(self._change(session, members, outputs, untied, shared))
             shared = ()  # counted once
         trained = self._trained({output.parameter for made in outputs.values() for output in made})
-        config = config_without_ties(self.context.sources.base.config) if untied else {}
+        config = config_without_ties(self.context.sources.base.config) if untied or copies else {}
         in_memory = self.way is Way.MEMORY
         return replace(
             trained,
-            changes=(*trained.changes, *changes),
+            changes=(*trained.changes, *changes, *copies),
             config_changes={**config, **trained.config_changes},
             strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
             strategy_reason=reason if in_memory else "",
@@ -177,34 +178,42 @@ class _Planner:
 
     def _untied(
         self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
-    ) -> dict[str, TensorSpec]:
-        """Tied parameters that must get a tensor of their own: parameter -> that tensor.
+    ) -> tuple[dict[str, TensorSpec], tuple[Change, ...]]:
+        """Tied parameters that must get a tensor of their own, and the copies that others then need.
 
         When only one of two tied parameters is adapted they were different in training. Trained tokens are the
         exception: PEFT then adapts both with the same values.
         """
-        adapted = {output.parameter for made in outputs.values() for output in made} | set(
-            self.assigned.parameters
-        )
-        tokens = {
-            layer.path for layer in layers if any(getattr(p, "tied_adapter", None) for p in layer.layers)
-        }
+        adapted = {output.parameter for made in outputs.values() for output in made}
+        tokens = any(getattr(p, "tied_adapter", None) for layer in layers for p in layer.layers)
         new: dict[str, TensorSpec] = {}
-        for parameter in sorted(adapted):
-            others = self.names.tied(parameter)
-            if not others or {parameter, *others} <= set(self.names.renamed):
-                continue
-            if all(other in adapted for other in others) and tokens:
-                continue
-            if len(others) > 1:
-                raise BaseModelError(
-                    f"{parameter} shares its tensor with {', '.join(others)}, which the adapter does not change.",
-                    hint="No checkpoint of this architecture can hold both; keep the adapter unmerged.",
-                )
-            own = parameter if parameter not in self.names.renamed else others[0]
-            tensor = self.context.base[self.names.direct(parameter) or ""]
-            new[own] = TensorSpec(self.names.disk_name(own), tensor.dtype, tensor.shape)
-        return new
+        parting = [
+            members
+            for members in self.names.ties()
+            if adapted & set(members)
+            and not set(members) <= set(self.names.renamed)
+            and not (tokens and set(members) <= adapted)
+        ]
+        copies: list[Change] = []
+        for members in self.names.ties() if parting else ():
+            self._check_replaced(members, adapted)
+            copies.extend(loosened_copies(self.context, tuple(sorted(set(members) - adapted))))
+        for members in parting:
+            check_can_part(self.context, members)
+            for own in (adapted & set(members)) - set(self.names.renamed):
+                tensor = self.context.base[self.names.direct(own) or ""]
+                new[own] = TensorSpec(self.names.disk_name(own), tensor.dtype, tensor.shape)
+        return new, tuple(copies)
+
+    def _check_replaced(self, members: tuple[str, ...], adapted: set[str]) -> None:
+        """Refuse a tie that parts while the adapter holds another tensor for one of its members."""
+        replaced = [name for name in members if name in self.assigned.parameters and name not in adapted]
+        if replaced:
+            raise BaseModelError(
+                f"{' and '.join(members)} are tied in the base; this {self.method.title} adapter unties them and"
+                f" holds whole tensors for {' and '.join(replaced)}.",
+                hint="Untie the base's embeddings first, or keep the adapter unmerged.",
+            )
 
     # ------------------------------------------------------------------------------------------- changes
 
@@ -218,12 +227,9 @@ class _Planner:
     ) -> ModuleChange:
         made = tuple(output for layer in members for output in outputs[layer.path])
         own = {output.parameter: untied[output.parameter] for output in made if output.parameter in untied}
-        copies = self._kept_originals(made, untied)
-        arithmetic = MergeTogether(session, tuple(layer.path for layer in members), made, own, copies)
+        arithmetic = MergeTogether(session, tuple(layer.path for layer in members), made, own)
         consumed = [name for layer in members for name in self.assigned.of_module.get(layer.path, ())]
-        consumed += [
-            self.assigned.parameters[p] for p in arithmetic.parameters if p in self.assigned.parameters
-        ]
+        consumed += [name for p in arithmetic.parameters for name in self.assigned.parameters.get(p, ())]
         elements = max((spec.elements for spec in arithmetic.writes), default=0)
         if self.way is Way.MEMORY:
             elements = sum(parameter.numel() for parameter in self.names.model.parameters())
@@ -238,17 +244,6 @@ class _Planner:
             arithmetic=arithmetic,
         )
 
-    def _kept_originals(
-        self, made: tuple[Output, ...], untied: Mapping[str, TensorSpec]
-    ) -> dict[str, tuple[TensorSpec, TensorSpec]]:
-        """Unadapted partners of tied parameters that change: partner -> (tensor to copy, copy)."""
-        copies = {}
-        for output in made:
-            for other in self.names.tied(output.parameter):
-                if other in untied and output.source.tensor is not None and output.parameter not in untied:
-                    copies[other] = (output.source.tensor, untied[other])
-        return copies
-
     def _kind(self) -> Kind:
         config = self.context.config
         depends = self.method.way_for(config) is Way.ALONE  # its factors come out of the weight itself
@@ -261,8 +256,9 @@ class _Planner:
         """Tensors of the adapter that simply take a parameter's place: heads, saved modules, biases."""
         specs = {
             name.removeprefix(PREFIX): self.context.tensors[name]
-            for parameter, name in self.assigned.parameters.items()
+            for parameter, names in self.assigned.parameters.items()
             if parameter not in merged
+            for name in names
         }
         edits = replacement_edits(self.context, specs)
         return head_changes(self.context, edits, place(self.context, edits))

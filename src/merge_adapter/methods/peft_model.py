@@ -59,8 +59,8 @@ class Assigned:
     """Module path -> adapter tensors."""
     shared: tuple[str, ...]
     """Adapter tensors that all modules use."""
-    parameters: Mapping[str, str]
-    """Parameter of the base model -> adapter tensor that takes its place."""
+    parameters: Mapping[str, tuple[str, ...]]
+    """Parameter of the base model -> adapter tensor that takes its place, then others that say the same again."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,12 @@ def assign(
     tensors of another shape than PEFT's layers have.
     """
     expected = _saved_form(adapted, parameters)
-    replaced, own = {}, {}
+    replaced: dict[str, tuple[str, ...]] = {}
+    own = {}
     for name, spec in tensors.items():
         parameter = _parameter_name(name)
         if parameter in parameters:
-            replaced[parameter] = name
+            replaced[parameter] = tuple(sorted((*replaced.get(parameter, ()), name), key=_depth))
         else:
             own[name] = spec
     converted = _as_loaded(adapted, own)
@@ -286,6 +287,11 @@ def _parameter_name(name: str) -> str:
     return ".".join(
         part for part in parts if part not in ("base_layer", "modules_to_save", "original_module")
     )
+
+
+def _depth(name: str) -> tuple[bool, int]:
+    """What PEFT reads comes first: the trained tensor, outside its wrapper, before the frozen original."""
+    return ".original_module." in name, name.count(".")
 
 
 def _as_loaded(adapted: AdaptedModel, own: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:

@@ -171,8 +171,6 @@ class MergeTogether:
     outputs: tuple[Output, ...]
     own: Mapping[str, TensorSpec]
     """Parameter -> the tensor it gets for itself, apart from the one it was tied to."""
-    copies: Mapping[str, tuple[TensorSpec, TensorSpec]]
-    """Tied partner -> (the tensor it shares so far, the tensor it keeps its values in)."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -185,7 +183,6 @@ class MergeTogether:
         for output in self.outputs:
             specs = (self.own[output.parameter],) if output.parameter in self.own else output.source.specs
             written.update((spec.name, spec) for spec in specs)
-        written.update((kept.name, kept) for _, kept in self.copies.values())
         return tuple(written.values())
 
     def run(self, base: Weights, adapter: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -195,10 +192,9 @@ class MergeTogether:
             values: dict[str, Tensor] = {}
             for output in self.outputs:
                 self._load(output, base, values, groups)
-            unadapted = {source.name: base.read(source.name) for source, _ in self.copies.values()}
             for parameter in self.parameters:
-                if (name := self.session.assigned.parameters.get(parameter)) is not None:
-                    values[parameter] = adapter.read(name).float()
+                if names := self.session.assigned.parameters.get(parameter):
+                    values[parameter] = adapter.read(names[0]).float()
             written = set(values)
             self._read_rest(base, values)
             rest = {name: value for name, value in values.items() if name not in written}
@@ -210,8 +206,6 @@ class MergeTogether:
                         hint="Use --strategy memory, and report this.",
                     )
         yield from self._written(values, groups)
-        for source, kept in self.copies.values():
-            yield kept.name, unadapted[source.name]
 
     def _load(
         self, output: Output, base: Weights, values: dict[str, Tensor], groups: dict[int, Group]

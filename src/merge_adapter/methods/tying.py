@@ -52,9 +52,7 @@ class Ties:
 def find_ties(context: Context, edits: Sequence[Edit]) -> Ties:
     """Look at every set of tied parameters that an edit touches, and once one parts, at all others."""
     touched = [
-        members
-        for members in context.names.ties()
-        if any(edit.parameter in members for edit in edits)
+        members for members in context.names.ties() if any(edit.parameter in members for edit in edits)
     ]
     parting = [members for members in touched if not _alike(context, _of(edits, members))]
     found = Ties(tuple(edits))
@@ -102,10 +100,13 @@ def _loosened(context: Context, found: Ties, parted: set[tuple[str, ...]]) -> Ti
             copies.extend(loosened_copies(context, members))
             continue
         changed = [edit for edit in same if edit.parameter == same[0].parameter]
+        edited = {edit.parameter for edit in same}
         for name in members:
-            made = _own_tensor(context, name)
-            if made is not None and not context.names.tied_for_good(name):
+            made = None if context.names.tied_for_good(name) else _own_tensor(context, name)
+            if made is not None:
                 own[name] = made
+            holds = made is not None or context.names.disk_name(name) == context.names.direct(name)
+            if holds and name not in edited:
                 edits.extend(replace(edit, parameter=name, counted=False) for edit in changed)
     return replace(found, edits=tuple(edits), parted=own, copies=tuple(copies))
 

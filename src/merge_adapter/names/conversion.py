@@ -10,9 +10,11 @@ tried there and back on shapes before it is first given out; one that fails answ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,6 +90,23 @@ class ConvertedNames:
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         return self.shared.get(parameter, ())
+
+    def ties(self) -> Iterable[tuple[str, ...]]:
+        return dict.fromkeys(tuple(sorted((name, *others))) for name, others in self.shared.items())
+
+    def tied_for_good(self, parameter: str) -> tuple[str, ...]:
+        return self._untied.get(parameter, ())
+
+    @cached_property
+    def _untied(self) -> Mapping[str, tuple[str, ...]]:
+        """What is still shared in this class once its config says that nothing is tied."""
+        config = deepcopy(self.model.config)
+        for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+            if part is not None:
+                part.tie_word_embeddings = False
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # constructors warn about choices that only matter for running
+            return _shared(type(self.model)._from_config(config, dtype=torch.float32))
 
     def disk_name(self, parameter: str) -> str:
         """Where its module has tensors on disk, beside them; otherwise as transformers would save it."""

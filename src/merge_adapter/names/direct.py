@@ -41,6 +41,12 @@ class DirectNames:
     def tied(self, parameter: str) -> tuple[str, ...]:  # noqa: ARG002
         return ()
 
+    def ties(self) -> Iterable[tuple[str, ...]]:
+        return ()
+
+    def tied_for_good(self, parameter: str) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
     def disk_name(self, parameter: str) -> str:
         return parameter
 
