@@ -1,8 +1,7 @@
 """A merge into a quantised base, dequantised, has the bytes of the merge into the 16-bit tensors it stands for.
 
-Each format is written here by hand: codes and scales at random, and the reference from the format's definition. The
-bitsandbytes layout (names, nibble order, nested scales) is that of bitsandbytes 0.50, whose own kernels
-agreed bit for bit with these recipes.
+The formats here are written by hand, codes and scales at random, with the reference from the format's definition: what
+the libraries of test_quantized_libraries.py do not write, or would not read. Then what must be refused.
 """
 
 from __future__ import annotations
@@ -19,100 +18,92 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.checkpoint.quantization import described, quantization_of
 from merge_adapter.errors import BaseModelError, MalformedError
 from merge_adapter.merge import merge
 from merge_adapter.plan import make_plan
-from merge_adapter.types import Adapter, BaseModel, FileOrigin, MergeSettings, QuantizedBase, Resolved, Silent
+from merge_adapter.types import (
+    Adapter,
+    BaseModel,
+    DType,
+    FileOrigin,
+    MergeSettings,
+    QuantizedBase,
+    Resolved,
+    Silent,
+)
 
 LLAMA = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "vocab_size": 48, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "dtype": "bfloat16",
 }  # fmt: skip
 GPT_OSS = {
-    "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
     "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": 2, "dtype": "bfloat16",
 }  # fmt: skip
 
 Tensors = dict[str, torch.Tensor]
 Encoded = tuple[Tensors, torch.Tensor]
-"""The stored tensors of one weight, and the bf16 weight they stand for."""
+"""The stored tensors of one weight, and the weight they stand for, in float32."""
 
 
-def fp8_blocks(name: str, weight: torch.Tensor) -> Encoded:
+def spread(scale: torch.Tensor, size: int, shape: torch.Size) -> torch.Tensor:
+    """Scales of blocks of `size` x `size`, one per element; the last blocks may be cut."""
+    tall = scale.repeat_interleave(size, -2)[..., : shape[-2], :]
+    return tall.repeat_interleave(size, -1)[..., : shape[-1]]
+
+
+def fp8_uneven_blocks(name: str, weight: torch.Tensor) -> Encoded:
     codes = (weight.float() * 8).to(torch.float8_e4m3fn)
-    rows, columns = (-(-size // 48) for size in weight.shape)
-    scale = torch.rand(rows, columns) + 0.1
-    spread = scale.repeat_interleave(48, 0)[: weight.shape[0]].repeat_interleave(48, 1)[:, : weight.shape[1]]
-    return {name: codes, f"{name}_scale_inv": scale}, (codes.float() * spread).bfloat16()
+    scale = torch.rand([-(-size // 48) for size in weight.shape]) + 0.1
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * spread(scale, 48, weight.shape)
+
+
+def fp8_exponents(name: str, weight: torch.Tensor, *, typed: bool) -> Encoded:
+    """Scales that are powers of two, stored as their exponents plus 127: MXFP8, or DeepSeek's ue8m0."""
+    codes = (weight.float() * 8).to(torch.float8_e4m3fn)
+    powers = torch.randint(120, 130, [size // 32 for size in weight.shape], dtype=torch.uint8)
+    scale = powers.view(torch.float8_e8m0fnu) if typed else powers
+    exact = codes.float() * spread(torch.exp2(powers.float() - 127), 32, weight.shape)
+    return {name: codes, f"{name}_scale_inv": scale}, exact
 
 
 def float_rows(name: str, weight: torch.Tensor) -> Encoded:
-    codes, scale = (weight.float() * 8).to(torch.float8_e4m3fn), torch.rand(weight.shape[0], 1) + 0.1
-    return {name: codes, f"{name}_scale": scale.bfloat16()}, (
-        codes.float() * scale.bfloat16().float()
-    ).bfloat16()
-
-
-def packed_int4(name: str, weight: torch.Tensor) -> Encoded:
-    codes = torch.randint(-8, 8, weight.shape)
-    scale = (torch.rand(weight.shape[0], weight.shape[1] // 32) + 0.1).bfloat16()
-    words = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.int64)
-    for place in range(8):
-        words |= (codes[:, place::8] + 8) << (4 * place)
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-    stored = {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
-    return stored, (codes * scale.float().repeat_interleave(32, 1)).bfloat16()
-
-
-def bits8(name: str, weight: torch.Tensor) -> Encoded:
-    codes, scale = torch.randint(-127, 128, weight.shape).to(torch.int8), torch.rand(weight.shape[0]) + 0.1
+    """With what a serving engine wants to know beside it, which means nothing for the weights."""
+    codes = (weight.float() * 8).to(torch.float8_e4m3fn)
+    scale = (torch.rand(weight.shape[0], 1) + 0.1).bfloat16()
     module = name.removesuffix(".weight")
-    stored = {
-        name: codes,
-        f"{module}.SCB": scale,
-        f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
-    return stored, (codes.float() * scale[:, None] * 7.874015718698502e-3).bfloat16()
+    beside = {f"{module}.input_scale": torch.rand(1)}
+    if "k_proj" in name:
+        beside[f"{module.rpartition('.')[0]}.k_scale"] = torch.rand(1)
+    return {name: codes, f"{name}_scale": scale, **beside}, codes.float() * scale.float()
 
 
-def bits4(name: str, weight: torch.Tensor, *, nested: bool) -> Encoded:
+def bits4(name: str, weight: torch.Tensor) -> Encoded:
+    """Blocks that end inside a row, a table of no known kind."""
     codes, table = torch.randint(0, 16, (weight.numel(),)), torch.linspace(-1, 1, 16)
-    blocks = weight.numel() // 64
-    state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "dtype": "bfloat16",
-        "shape": list(weight.shape),
-    }
-    stored = {name: ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8)[:, None], f"{name}.quant_map": table}
-    if nested:
-        inner, outer = torch.randint(0, 256, (blocks,)), torch.rand(-(-blocks // 256)) + 0.1
-        inner_table = torch.linspace(-1, 1, 256)
-        absmax = inner_table[inner] * outer[torch.arange(blocks) // 256] + 1.25
-        state |= {"nested_blocksize": 256, "nested_offset": 1.25, "nested_dtype": "float32"}
-        stored |= {
-            f"{name}.absmax": inner.to(torch.uint8),
-            f"{name}.nested_absmax": outer,
-            f"{name}.nested_quant_map": inner_table,
-        }
-    else:
-        absmax = torch.rand(blocks) + 0.1
-        stored[f"{name}.absmax"] = absmax
+    absmax = torch.rand(-(-weight.numel() // 96)) + 0.1
+    state = {"quant_type": "nf4", "blocksize": 96, "dtype": "bfloat16", "shape": list(weight.shape)}
     text = json.dumps(state).encode()
-    stored[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
-    return stored, (table[codes] * absmax.repeat_interleave(64)).reshape(weight.shape).bfloat16()
+    exact = table[codes] * absmax.repeat_interleave(96)[: weight.numel()]
+    return {
+        name: ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8)[:, None],
+        f"{name}.absmax": absmax,
+        f"{name}.quant_map": table,
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+    }, exact.reshape(weight.shape)
 
 
 def mxfp4(name: str, weight: torch.Tensor) -> Encoded:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     experts, columns, rows = weight.shape
     blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
     scales = torch.randint(118, 126, (experts, rows, columns // 32), dtype=torch.uint8)
-    reference = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
-    return {f"{name}_blocks": blocks, f"{name}_scales": scales}, reference.contiguous()
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()
+    values = magnitudes[codes & 7] * (1 - 2 * (codes >> 3)) * torch.exp2(scales.float() - 127)[..., None]
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}, values.flatten(-2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -122,44 +113,35 @@ class Format:
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme": "dynamic"}
-COMPRESSED = {
+BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+PACKED = {
     "quant_method": "compressed-tensors", "format": "pack-quantized",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": True}}},
 }  # fmt: skip
-BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
 FORMATS = {
-    "fp8 blocks": Format(FP8, fp8_blocks),
+    "fp8, blocks that do not divide": Format(FP8, fp8_uneven_blocks),
+    "fp8, exponents in bytes": Format(
+        {"quant_method": "mxfp8"}, lambda name, weight: fp8_exponents(name, weight, typed=False)
+    ),
+    "fp8, exponents": Format(
+        {"quant_method": "fp8"}, lambda name, weight: fp8_exponents(name, weight, typed=True)
+    ),
     "compressed floats": Format(
         {"quant_method": "compressed-tensors", "format": "float-quantized"}, float_rows
     ),
-    "compressed int4": Format(COMPRESSED, packed_int4),
-    "bitsandbytes 8 bit": Format({"quant_method": "bitsandbytes", "load_in_8bit": True}, bits8),
-    "bitsandbytes 4 bit": Format(BNB4, lambda name, weight: bits4(name, weight, nested=False)),
-    "bitsandbytes 4 bit, nested": Format(BNB4, lambda name, weight: bits4(name, weight, nested=True)),
+    "4 bit": Format(BNB4, bits4),
 }
 
 
-def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    return folder
+@dataclass(frozen=True)
+class Source:
+    """A model in 16 bit and a LoRA for it."""
+
+    model: Path
+    adapter: Path
 
 
-def make(
-    tmp_path: Path,
-    model_type: str,
-    config: dict[str, Any],
-    form: Format,
-    chosen: Callable[[str], bool],
-    **lora: Any,
-) -> tuple[Path, Path, Path]:
-    """A quantised base, the plain base it stands for, and a LoRA for both."""
+def made(place: Path, model_type: str, config: dict[str, Any], **lora: Any) -> Source:
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -169,114 +151,290 @@ def make(
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.CONFIG_MAPPING[model_type](**config), dtype=torch.bfloat16
         )
-        model.save_pretrained(tmp_path / "made")
+        model.save_pretrained(place / "made")
         adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **lora))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_" in name:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-        adapted.save_pretrained(tmp_path / "adapter")
-    written = json.loads((tmp_path / "made" / "config.json").read_text())
+        adapted.save_pretrained(place / "adapter")
+    return Source(place / "made", place / "adapter")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return made(
+        tmp_path_factory.mktemp("llama"), "llama", LLAMA, target_modules=["q_proj", "down_proj", "k_proj"]
+    )
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def quantised(
+    source: Source, place: Path, form: Format, ends: tuple[str, ...] = ("_proj.weight",)
+) -> tuple[Path, Path]:
+    """A quantised base, and the plain base it stands for."""
+    torch.manual_seed(5)
+    written = json.loads((source.model / "config.json").read_text())
     stored: Tensors = {}
     plain: Tensors = {}
-    for name, value in load_file(tmp_path / "made" / "model.safetensors").items():
-        if chosen(name):
-            parts, plain[name] = form.encode(name, value)
+    for name, value in load_file(source.model / "model.safetensors").items():
+        if name.endswith(ends):
+            parts, exact = form.encode(name, value)
+            plain[name] = exact.bfloat16()
             stored.update(parts)
         else:
             stored[name] = plain[name] = value
-    quantised = write(tmp_path / "quantised", {**written, "quantization_config": form.config}, stored)
-    return quantised, write(tmp_path / "plain", written, plain), tmp_path / "adapter"
+    base = write(place / "quantised", {**written, "quantization_config": form.config}, stored)
+    return base, write(place / "plain", written, plain)
 
 
-def merged(base: Path, adapter: Path, output: Path, choice: QuantizedBase) -> tuple[Tensors, Any]:
+def merged(
+    base: Path, adapter: Path, output: Path, choice: QuantizedBase, dtype: DType = DType.AUTO
+) -> tuple[Tensors, Any]:
     config = json.loads((adapter / "adapter_config.json").read_text())
     sources = Resolved(
         (Adapter(Folder(adapter), config, "LORA"),),
         BaseModel(Folder(base), json.loads((base / "config.json").read_text())),
         None,
     )
-    settings = MergeSettings(quantized_base=choice)
+    settings = MergeSettings(dtype=dtype, quantized_base=choice)
     plan = make_plan(sources, settings)
     output.mkdir()
     merge(plan, sources, output, settings=settings, progress=Silent())
     return dict(load_file(output / "model.safetensors")), plan
 
 
-def linear(name: str) -> bool:
-    return "_proj" in name
+def assert_same_merge(base: Path, plain: Path, adapter: Path, place: Path, dtype: DType = DType.AUTO) -> Any:
+    got, plan = merged(base, adapter, place / "one", QuantizedBase.DEQUANTIZE, dtype)
+    expected, _ = merged(plain, adapter, place / "two", QuantizedBase.REFUSE, dtype)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert {name: v.dtype for name, v in got.items()} == {name: v.dtype for name, v in expected.items()}
+    return plan
 
 
 @pytest.mark.parametrize("label", FORMATS)
-def test_the_merge_is_that_of_the_plain_weights(label: str, tmp_path: Path) -> None:
-    quantised, plain, adapter = make(
-        tmp_path, "llama", LLAMA, FORMATS[label], linear, target_modules=["q_proj", "down_proj"]
-    )
-    got, plan = merged(quantised, adapter, tmp_path / "one", QuantizedBase.DEQUANTIZE)
-    expected, _ = merged(plain, adapter, tmp_path / "two", QuantizedBase.REFUSE)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in got)
-    assert {value.dtype for value in got.values()} == {torch.bfloat16}
+def test_the_merge_is_that_of_the_plain_weights(label: str, llama: Source, tmp_path: Path) -> None:
+    base, plain = quantised(llama, tmp_path, FORMATS[label])
+    plan = assert_same_merge(base, plain, llama.adapter, tmp_path)
     assert plan.config_changes["quantization_config"] is None
     assert {shard.origin for shard in plan.outputs} == {FileOrigin.MERGED}
-    assert any("dequantised" in note for note in plan.notes)
+    assert any("dequantised" in note and "BF16" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])
+def test_another_dtype_is_that_of_the_plain_weights_too(dtype: DType, llama: Source, tmp_path: Path) -> None:
+    """The reference stays the same; only the sum is rounded otherwise."""
+    base, plain = quantised(llama, tmp_path, FORMATS["4 bit"])
+    assert_same_merge(base, plain, llama.adapter, tmp_path, dtype)
+
+
+def test_a_pickled_base(llama: Source, tmp_path: Path) -> None:
+    """As bitsandbytes' early 4-bit checkpoints are."""
+    base, plain = quantised(llama, tmp_path, FORMATS["4 bit"])
+    for folder in (base, plain):
+        torch.save(dict(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    assert_same_merge(base, plain, llama.adapter, tmp_path)
+
+
+def test_shards_without_codes_are_copied(llama: Source, tmp_path: Path) -> None:
+    """Those with codes are written anew, under the same names, with the index that fits."""
+    base, _ = quantised(llama, tmp_path, FORMATS["4 bit"])
+    tensors = dict(load_file(base / "model.safetensors"))
+    parts = {
+        "model-00001-of-00002.safetensors": {n: v for n, v in tensors.items() if "layers" not in n},
+        "model-00002-of-00002.safetensors": {n: v for n, v in tensors.items() if "layers" in n},
+    }
+    (base / "model.safetensors").unlink()
+    for path, part in parts.items():
+        save_file(part, base / path, {"format": "pt"})
+    places = {name: path for path, part in parts.items() for name in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((llama.adapter / "adapter_config.json").read_text())
+    sources = Resolved(
+        (Adapter(Folder(llama.adapter), config, "LORA"),),
+        BaseModel(Folder(base), json.loads((base / "config.json").read_text())),
+        None,
+    )
+    settings = MergeSettings(quantized_base=QuantizedBase.DEQUANTIZE)
+    plan = make_plan(sources, settings)
+    assert [shard.origin for shard in plan.outputs] == [FileOrigin.COPIED, FileOrigin.MERGED]
+    (tmp_path / "out").mkdir()
+    merge(plan, sources, tmp_path / "out", settings=settings, progress=Silent())
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(written["weight_map"]) == set(load_file(llama.model / "model.safetensors"))
+    assert not any(
+        "absmax" in name for name in load_file(tmp_path / "out" / "model-00002-of-00002.safetensors")
+    )
 
 
 def test_mxfp4_experts(tmp_path: Path) -> None:
     """Blocks and scales become the fused expert parameters, which a LoRA may change."""
-    quantised, plain, adapter = make(
-        tmp_path, "gpt_oss", GPT_OSS, Format({"quant_method": "mxfp4"}, mxfp4),
-        lambda name: name.endswith(("experts.gate_up_proj", "experts.down_proj")),
-        target_modules=["q_proj"], target_parameters=["experts.down_proj"],
-    )  # fmt: skip
-    got, _ = merged(quantised, adapter, tmp_path / "one", QuantizedBase.DEQUANTIZE)
-    expected, _ = merged(plain, adapter, tmp_path / "two", QuantizedBase.REFUSE)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in got)
-
-
-def test_refused_unless_asked_for(tmp_path: Path) -> None:
-    quantised, _, adapter = make(
-        tmp_path, "llama", LLAMA, FORMATS["fp8 blocks"], linear, target_modules=["q_proj"]
+    source = made(
+        tmp_path, "gpt_oss", GPT_OSS, target_modules=["q_proj"], target_parameters=["experts.down_proj"]
     )
+    ends = ("experts.gate_up_proj", "experts.down_proj")
+    base, plain = quantised(source, tmp_path, Format({"quant_method": "mxfp4"}, mxfp4), ends)
+    assert_same_merge(base, plain, source.adapter, tmp_path)
+
+
+def test_stacked_experts_with_a_grid_of_scales_each(llama: Source, tmp_path: Path) -> None:
+    from merge_adapter.checkpoint.base import read_base
+
+    codes = torch.randn(3, 80, 64).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2, 2) + 0.1
+    config = {"dtype": "float16", "quantization_config": FP8}
+    folder = write(tmp_path / "base", config, {"e.down_proj": codes, "e.down_proj_scale_inv": scale})
+    files = read_base(
+        BaseModel(Folder(folder), config), MergeSettings(quantized_base=QuantizedBase.DEQUANTIZE)
+    )
+    expected = (codes.float() * spread(scale, 48, codes.shape)).half()
+    with files.open() as weights:
+        assert torch.equal(weights.read("e.down_proj"), expected)
+        assert torch.equal(weights.read_rows("e.down_proj", 1, 3), expected[1:])
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def broken(source: Source, place: Path, label: str, change: Callable[[Tensors], None]) -> None:
+    """Merge into a quantised base whose tensors `change` has spoilt."""
+    base, _ = quantised(source, place, FORMATS[label])
+    tensors = dict(load_file(base / "model.safetensors"))
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    merged(base, source.adapter, place / "out", QuantizedBase.DEQUANTIZE)
+
+
+def test_refused_unless_asked_for(llama: Source, tmp_path: Path) -> None:
+    base, _ = quantised(llama, tmp_path, FORMATS["fp8, blocks that do not divide"])
     with pytest.raises(BaseModelError, match="fp8") as caught:
-        merged(quantised, adapter, tmp_path / "out", QuantizedBase.REFUSE)
+        merged(base, llama.adapter, tmp_path / "out", QuantizedBase.REFUSE)
     assert "--quantized-base dequantize" in caught.value.hint
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "nobody_knows"])
-def test_other_formats_are_refused_with_the_way_out(method: str, tmp_path: Path) -> None:
-    quantised, _, adapter = make(
-        tmp_path, "llama", LLAMA, FORMATS["fp8 blocks"], linear, target_modules=["q_proj"]
-    )
-    file = quantised / "config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": method}})
-    )
-    with pytest.raises(BaseModelError, match=method) as caught:
-        merged(quantised, adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
+def test_other_formats_are_refused_with_the_way_out(method: str, llama: Source, tmp_path: Path) -> None:
+    config = {
+        **json.loads((llama.model / "config.json").read_text()),
+        "quantization_config": {"quant_method": method},
+    }
+    base = write(tmp_path / "base", config, load_file(llama.model / "model.safetensors"))
+    with pytest.raises(
+        BaseModelError, match=method.upper() if method != "nobody_knows" else method
+    ) as caught:
+        merged(base, llama.adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
     assert "--base-model" in caught.value.hint
 
 
-def test_a_lost_scale_is_an_error(tmp_path: Path) -> None:
-    """Codes without their scale would read as weights of another size."""
-    quantised, _, adapter = make(
-        tmp_path, "llama", LLAMA, FORMATS["fp8 blocks"], linear, target_modules=["q_proj"]
-    )
-    tensors = dict(load_file(quantised / "model.safetensors"))
-    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
-    save_file(tensors, quantised / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"up_proj\.weight is stored in FP8 without a scale"):
-        merged(quantised, adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def test_a_broken_state_is_malformed(tmp_path: Path) -> None:
-    quantised, _, adapter = make(
-        tmp_path, "llama", LLAMA, FORMATS["bitsandbytes 4 bit"], linear, target_modules=["q_proj"]
-    )
-    tensors = dict(load_file(quantised / "model.safetensors"))
-    name = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
-    tensors[name] = torch.tensor(list(b'{"shape": [0]}'), dtype=torch.uint8)
-    save_file(tensors, quantised / "model.safetensors", {"format": "pt"})
+@pytest.mark.parametrize(
+    ("label", "lost", "said"),
+    [
+        ("fp8, blocks that do not divide", f"{UP}_scale_inv", "in FP8 without a scale"),
+        ("4 bit", f"{UP}.absmax", r"absmax is missing beside"),
+        ("4 bit", f"{UP}.quant_state.bitsandbytes__nf4", r"in codes \(U8\)"),
+        ("compressed floats", f"{UP}_scale", "in FP8 without a scale"),
+    ],
+)
+def test_codes_without_their_scales_are_an_error(
+    label: str, lost: str, said: str, llama: Source, tmp_path: Path
+) -> None:
+    """They would read as weights of another size."""
+    with pytest.raises(BaseModelError, match=said):
+        broken(llama, tmp_path, label, lambda tensors: tensors.__delitem__(lost))
+
+
+def test_scales_of_another_shape_are_an_error(llama: Source, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}_scale_inv"] = torch.rand(5, 7)
+
+    with pytest.raises(BaseModelError, match="do not fit"):
+        broken(llama, tmp_path, "fp8, blocks that do not divide", change)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"no json",
+        b"[]",
+        b'{"shape": [0, 4], "blocksize": 64}',
+        b'{"shape": [128, 64], "blocksize": 0}',
+        b'{"shape": [128, 64], "blocksize": 64, "dtype": "int8"}',
+    ],
+)
+def test_a_broken_state_is_malformed(state: bytes, llama: Source, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+
     with pytest.raises(MalformedError, match="up_proj"):
-        merged(quantised, adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
+        broken(llama, tmp_path, "4 bit", change)
+
+
+def test_a_state_of_another_tensor_is_an_error(llama: Source, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        state = json.dumps({"shape": [1 << 20, 1 << 20], "blocksize": 96}).encode()
+        tensors[f"{UP}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+
+    with pytest.raises(BaseModelError, match="do not make"):
+        broken(llama, tmp_path, "4 bit", change)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "order of its activations"),
+        ({"weight_zero_point": torch.zeros(3, 2, dtype=torch.int32)}, "not packed as its weights"),
+        ({"weight_scale": torch.rand(128, 5).bfloat16()}, "do not fit"),
+        ({"weight_packed": torch.zeros(128, 8, dtype=torch.uint8)}, "whole integers of one width"),
+    ],
+)
+def test_packed_integers_of_other_kinds(extra: Tensors, said: str, llama: Source, tmp_path: Path) -> None:
+    tensors = dict(load_file(llama.model / "model.safetensors"))
+    del tensors[UP]
+    module = UP.removesuffix(".weight")
+    packed = {
+        "weight_packed": torch.zeros(128, 8, dtype=torch.int32),
+        "weight_scale": torch.rand(128, 2).bfloat16(),
+        **extra,
+    }
+    tensors |= {f"{module}.{name}": value for name, value in packed.items()}
+    config = {**json.loads((llama.model / "config.json").read_text()), "quantization_config": PACKED}
+    base = write(tmp_path / "base", config, tensors)
+    with pytest.raises(BaseModelError, match=said):
+        merged(base, llama.adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
+
+
+def test_a_config_that_no_tensor_follows(llama: Source, tmp_path: Path) -> None:
+    config = {**json.loads((llama.model / "config.json").read_text()), "quantization_config": FP8}
+    base = write(tmp_path / "base", config, load_file(llama.model / "model.safetensors"))
+    with pytest.raises(BaseModelError, match="none of its tensors is stored so"):
+        merged(base, llama.adapter, tmp_path / "out", QuantizedBase.DEQUANTIZE)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quantization_config": BNB4}, "bitsandbytes, 4 bit nf4"),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes, 8 bit"),
+        ({"text_config": {"quantization_config": PACKED}}, "compressed-tensors, pack-quantized"),
+        ({"quantization_config": {"quant_method": "x\n# title"}}, "a method without a name"),
+        ({"quantization_config": "fp8"}, "a method without a name"),
+    ],
+)
+def test_the_words_for_it(config: dict[str, Any], words: str) -> None:
+    """They stand in errors, notes and cards, so that nothing of a stranger's config may reach them unchecked."""
+    found = quantization_of(config)
+    assert found is not None
+    assert described(found) == words

@@ -225,17 +225,23 @@ def _block(name: str, spec: TensorSpec, scale: TensorSpec, block: Any) -> tuple[
     if scale.elements == 1:
         return rows, columns
     counts = scale.shape if len(scale.shape) > 1 else (*scale.shape, 1)
-    stated = isinstance(block, list | tuple) and len(block) == 2 and min(map(int, block)) > 0
-    sizes = [(int(block[0]), int(block[1]))] if stated else []
-    sizes.append((-(-rows // max(1, counts[-2])), -(-columns // max(1, counts[-1]))))
-    if len(counts) == len(spec.shape) and counts[:-2] == spec.shape[:-2] and len(spec.shape) <= 3:
-        for size in sizes:
-            if (-(-rows // size[0]), -(-columns // size[1])) == tuple(counts[-2:]):
-                return size
+    if len(counts) == len(spec.shape) <= 3 and counts[:-2] == spec.shape[:-2] and min(counts) > 0:
+        size = _pair(block)
+        if size is not None and counts[-2:] == (-(-rows // size[0]), -(-columns // size[1])):
+            return size
+        if rows % counts[-2] == 0 and columns % counts[-1] == 0:
+            return rows // counts[-2], columns // counts[-1]
     raise BaseModelError(
         f"{name}: scales of shape {list(scale.shape)} do not fit weights of shape {list(spec.shape)}.",
         hint=_ORIGINAL,
     )
+
+
+def _pair(block: Any) -> tuple[int, int] | None:
+    """The size of a block as a config states it, None where it is no size."""
+    if not isinstance(block, list | tuple) or len(block) != 2:
+        return None
+    return (block[0], block[1]) if all(type(size) is int and size > 0 for size in block) else None
 
 
 # --------------------------------------------------------------------------------------------- bitsandbytes
@@ -352,9 +358,9 @@ def _weight_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _packed_bits(config: Mapping[str, Any]) -> int | None:
-    found = {one.get("num_bits") for one in _weight_settings(config) if one.get("type", "int") == "int"}
-    bits = found.pop() if len(found) == 1 else None
-    return bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+    found = [one.get("num_bits") for one in _weight_settings(config) if one.get("type", "int") == "int"]
+    bits = found[0] if found and all(one == found[0] for one in found) else None
+    return bits if type(bits) is int and 1 <= bits <= 8 else None
 
 
 def _block_structure(config: Mapping[str, Any]) -> Any:
