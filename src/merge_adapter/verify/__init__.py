@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from merge_adapter.methods.refuse import SOFT_PROMPTS
 from merge_adapter.types import Progress, Resolved, Silent, Verification
 from merge_adapter.verify.settings import VerifySettings
 
@@ -30,6 +31,10 @@ def verify(
     BaseModelError for a base transformers cannot load, MethodError for an adapter PEFT cannot load or merge.
     What is wrong with the merged folder is never raised: it is the verdict.
     """
+    if sources.adapter.method in SOFT_PROMPTS:
+        from merge_adapter.verify.soft_prompt import SoftPromptGate
+
+        return SoftPromptGate(merged, sources, settings or VerifySettings(), progress or Silent()).run()
     from merge_adapter.verify.gate import Gate
 
     return Gate(merged, sources, settings or VerifySettings(), progress or Silent()).run()

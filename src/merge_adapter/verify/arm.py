@@ -60,6 +60,7 @@ def _answers(
     import torch
 
     from merge_adapter.verify.answers import Batch, answer, greedy, taught
+    from merge_adapter.verify.fronted import Fronted
     from merge_adapter.verify.lazy import widen
     from merge_adapter.verify.loading import Kind, load_model
 
@@ -68,12 +69,17 @@ def _answers(
     loaded = load_model(Path(job["merged"]), kind, dtype=dtype, trust_remote_code=job["trust"])
     result["missing"] = list(loaded.missing)
     widen(loaded.model, device)
-    tensors = {"answers": torch.cat([answer(loaded.model, kind, piece, device) for piece in batch.parts()])}
+    model, front = loaded.model, job["front"]
+    if front:
+        model = Fronted(model, front=front, count=len(front), hidden=front)
+    tensors = {"answers": torch.cat([answer(model, kind, piece, device) for piece in batch.parts()])}
     if "prompts" in inputs:
         prompts = Batch(inputs["prompts"], torch.ones_like(inputs["prompts"]))
-        tensors["choices"] = taught(loaded.model, prompts, inputs["continuation"], device)
+        tensors["choices"] = taught(model, prompts, inputs["continuation"], device)
         if not torch.equal(tensors["choices"], inputs["continuation"]):
-            tensors["written"] = greedy(loaded.model, prompts, inputs["continuation"].shape[1], device)[0]
+            tensors["written"] = greedy(model, prompts, inputs["continuation"].shape[1], device)[0]
+    if front:
+        result["front"] = {"mass": model.mass, "chosen": model.chosen}
     return tensors
 
 

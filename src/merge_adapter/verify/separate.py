@@ -34,6 +34,8 @@ class Merged:
     """Its own greedy text, where that differs."""
     missing: tuple[str, ...] = ()
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    front: Mapping[str, Any] = field(default_factory=dict)
+    """What the tokens of a soft prompt took: `mass`, the largest probability; `chosen`, how often they were first."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Questions:
     timeout: float
     """Seconds."""
     isolated: bool
+    front: tuple[int, ...] = ()
+    """Tokens of a soft prompt, which come before everything it reads and are no part of its answers."""
 
 
 def ask_merged(questions: Questions) -> Merged:
@@ -86,6 +90,7 @@ def ask_merged(questions: Questions) -> Merged:
         written=answers.get("written"),
         missing=tuple(result.get("missing", ())),
         tokenizer=result.get("tokenizer", {}),
+        front=result.get("front", {}),
     )
 
 
@@ -111,6 +116,7 @@ def _job(questions: Questions) -> dict[str, Any]:
         "tokenizer": questions.tokenizer,
         "sentences": questions.sentences,
         "trust": questions.trust,
+        "front": list(questions.front),
     }
 
 

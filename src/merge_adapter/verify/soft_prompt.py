@@ -1,0 +1,425 @@
+"""The gate for a soft prompt that became tokens: is the merged model, with those tokens in front, base + prompt?
+
+    R   PEFT's model: the base with the learned prompt before its input
+    B   the base alone
+    O   PEFT's model with the prompt rounded once to the stored dtype: what rounding costs
+    M   the merged folder, in a fresh process without PEFT, its own tokens in front
+
+All of them answer at the positions of the text, over the tokens of the base; M's new tokens are left out of the
+comparison, and what they take is measured. Weights: every row that the base has must be the base's, every new input row
+the prompt's, rounded once. New output rows must be the mean of the others: then no input can make one of them the
+likeliest, and each has at most 1 / vocabulary of what the others have (Jensen's inequality).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
+from merge_adapter.types import Progress, Resolved, Verification
+from merge_adapter.verify.answers import Batch, answer, greedy
+from merge_adapter.verify.batches import Probes, positions, prompts, tokenized
+from merge_adapter.verify.configs import judge_configs
+from merge_adapter.verify.files import judge_files
+from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict, warning
+from merge_adapter.verify.fronted import Fronted
+from merge_adapter.verify.greedy import judge_greedy
+from merge_adapter.verify.lazy import widen
+from merge_adapter.verify.loading import (
+    Kind,
+    Loaded,
+    adapter_folder,
+    base_folder,
+    base_layout,
+    load_base,
+    load_model,
+    read_adapter,
+    read_json,
+    stored_dtype,
+)
+from merge_adapter.verify.mutants import Outcome, judge_mutants
+from merge_adapter.verify.outputs import Arms, judge_outputs
+from merge_adapter.verify.probes import VERSION, from_file, shipped
+from merge_adapter.verify.rounding import half_ulp
+from merge_adapter.verify.separate import Merged, Questions, ask_merged
+from merge_adapter.verify.settings import VerifySettings
+from merge_adapter.verify.storage import Checkpoint, same_bytes
+from merge_adapter.verify.tokens import load_tokenizer, survey, tokenizer_folder
+
+_PROMPT = "prompt_embeddings"
+_FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prompt left out: rows of zeros": torch.zeros_like,
+    "order reversed": lambda prompt: prompt.flip(0),
+    "twice as strong": lambda prompt: prompt * 2,
+    "one token lost: its row is its neighbour's": lambda prompt: torch.cat(
+        (prompt[:1], prompt[:1], prompt[2:])
+    ),
+}
+"""Faults that are injected into the new input rows."""
+
+
+class SoftPromptGate:
+    """One verification. `run` may be called once."""
+
+    def __init__(self, merged: Path, sources: Resolved, settings: VerifySettings, progress: Progress) -> None:
+        self.merged = merged
+        self.sources = sources
+        self.settings = settings
+        self.progress = progress
+        self.findings: list[Finding] = []
+        self.evidence: dict[str, Any] = {}
+        self.device = torch.device("cpu" if settings.device == "auto" else settings.device)
+        self._trust = settings.trust_remote_code
+
+    def run(self) -> Verification:
+        """All parts in order. See `merge_adapter.verify.verify`."""
+        if not self.merged.is_dir():
+            raise NotFoundError(
+                f"no such folder: {self.merged}", hint="Name the folder that holds the merged model."
+            )
+        started = time.monotonic()
+        with ExitStack() as stack:
+            self._judge(stack)
+        self.evidence["seconds"] = {"all": round(time.monotonic() - started, 2)}
+        return Verification(verdict(self.findings), reasons(self.findings), self.evidence)
+
+    def _judge(self, stack: ExitStack) -> None:
+        repository = self.sources.base.repository
+        weights = base_layout(repository)
+        folder = base_folder(repository, weights)
+        held = stack.enter_context(Checkpoint(folder, weights.files))
+        headers = judge_files(self.merged, held, dtype=self.settings.dtype)
+        self.findings += headers.findings
+        self.evidence["files"] = {
+            "verdict": str(verdict(headers.findings)),
+            "tensors": headers.tensors,
+            "bytes": headers.bytes,
+            "dtypes": list(headers.dtypes),
+        }
+        if headers.layout is None:
+            return
+        dtype = stored_dtype(held)
+        with Checkpoint(self.merged, headers.layout.files) as own:
+            storage = stored_dtype(own)
+        with self.progress.task("Loading base and merged model", None):
+            base = load_base(folder, Kind.CAUSAL, (), dtype=dtype, trust_remote_code=self._trust)
+            merged = self._load_merged(storage)
+        if merged is None:
+            return
+        file = read_adapter(self.sources.adapter)
+        prompt = file.tensors.get(_PROMPT)
+        if prompt is None or len(file.tensors) != 1:
+            self.findings.append(fault("adapter", "", "holds more or less than one prompt_embeddings"))
+            return
+        front = self._tokenizer(len(prompt), stack)
+        if front is None:
+            return
+        self._config(merged, base, front)
+        self._weights(base.model, merged.model, prompt, front)
+        self._mutants(prompt, storage)
+        del merged
+        self._outputs(base.model, prompt, front, storage, stack)
+
+    def _load_merged(self, storage: torch.dtype) -> Loaded | None:
+        try:
+            merged = load_model(self.merged, Kind.CAUSAL, dtype=storage, trust_remote_code=self._trust)
+        except (BaseModelError, MalformedError, NotFoundError) as error:
+            self.findings.append(fault("files", "", error.message))
+            return None
+        for name in (*merged.missing, *merged.mismatched)[:5]:
+            self.findings.append(fault("files", name, "is missing, or not of the shape its config calls for"))
+        return merged
+
+    # -------------------------------------------------------------------------------------- tokens
+
+    def _tokenizer(self, count: int, stack: ExitStack) -> tuple[int, ...] | None:
+        """The ids that the merged tokenizer puts in front; None when it does not put `count` there."""
+        source = tokenizer_folder(self.sources, stack)
+        if source is None:
+            self.findings.append(undecided("tokenizer", "", "adapter and base have no tokenizer"))
+            return None
+        texts = [probe.plain() for probe in shipped()]
+        turns = [[dict(turn) for turn in probe.messages] for probe in shipped() if probe.messages]
+        plain = survey(source, texts, turns, trust=self._trust)
+        found = survey(self.merged, texts, turns, trust=self._trust)
+        findings = list(_judge_tokens(plain, found, count))
+        if not findings:
+            loaded = load_tokenizer(self.merged, trust=self._trust)
+            findings = list(_judge_rendered(loaded, load_tokenizer(source, trust=self._trust), plain, found))
+        self.findings += findings
+        self.evidence["tokenizer"] = {
+            "verdict": str(verdict(findings)),
+            "texts": len(texts),
+            "conversations": len(turns),
+            "size": found.get("size"),
+            "template": found.get("template"),
+            "findings": [str(finding) for finding in findings],
+        }
+        return None if findings else tuple(found["encoded"][0][:count])
+
+    def _config(self, merged: Loaded, base: Loaded, front: tuple[int, ...]) -> None:
+        config = read_json(self.merged / "config.json")
+        self.findings += judge_configs(
+            config,
+            self.sources.base.config,
+            merged_config=merged.model.config,
+            base_config=base.model.config,
+            labels=None,
+        )
+        try:
+            suppressed = json.loads((self.merged / "generation_config.json").read_text())["suppress_tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            suppressed = []
+        if not set(front) <= set(suppressed if isinstance(suppressed, list) else ()):
+            text = "does not suppress the tokens of the prompt: sampled text could hold one"
+            self.findings.append(warning("config", "generation_config.json", text))
+
+    # ------------------------------------------------------------------------------------- weights
+
+    def _weights(self, base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -> None:
+        ours, theirs = base.state_dict(), merged.state_dict()
+        table, head = _tables(merged)
+        findings: list[Finding] = []
+        for name in sorted(set(ours) | set(theirs)):
+            if name not in ours or name not in theirs:
+                findings.append(fault("weights", name, "is in one of base and merged model alone"))
+            elif name in (table, head, head.replace(".weight", ".bias")):
+                rows = [row for row in range(len(theirs[name])) if row not in front]
+                if not _same(theirs[name][rows], ours[name], rows):
+                    findings.append(fault("weights", name, "differs from the base beside the prompt's rows"))
+            elif theirs[name].shape != ours[name].shape or not same_bytes(
+                theirs[name], ours[name].to(theirs[name].dtype)
+            ):
+                findings.append(fault("weights", name, "differs from the base"))
+        if not _holds(theirs[table][list(front)], prompt):
+            findings.append(fault("weights", table, "its new rows are not the prompt rounded once"))
+        if not _are_means(theirs[head], front):
+            text = (
+                "its new rows are not the mean of the others: nothing shows that they are never the likeliest"
+            )
+            findings.append(undecided("weights", head, text))
+        self.findings += findings
+        self.evidence["weights"] = {
+            "verdict": str(verdict(findings)),
+            "tensors": len(theirs),
+            "updated": 2,
+            "replaced": 0,
+            "kept": len(theirs) - 2,
+            "agreement": {"exact": len(theirs) - len(findings), "wrong": len(findings)},
+        }
+
+    def _mutants(self, prompt: Tensor, storage: torch.dtype) -> None:
+        outcomes = []
+        for name, spoil in _FAULTS.items():
+            caught = not _holds(spoil(prompt).to(storage), prompt)
+            outcomes.append(Outcome(name, tried=1, weights=int(caught)))
+        self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
+        self.findings += judge_mutants(outcomes)
+
+    # ------------------------------------------------------------------------------------- outputs
+
+    def _outputs(
+        self, base: Any, prompt: Tensor, front: tuple[int, ...], storage: torch.dtype, stack: ExitStack
+    ) -> None:
+        if not self.settings.outputs:
+            self.findings.append(undecided("outputs", "", "the outputs were not compared, as asked"))
+            return
+        tokenizer = load_tokenizer(tokenizer_folder(self.sources, stack), trust=self._trust)
+        own = from_file(self.settings.probes) if self.settings.probes is not None else ()
+        probes = tokenized(
+            (*own, *shipped()),
+            tokenizer,
+            budget=self.settings.tokens(str(self.device)),
+            vocabulary=min(front[0], int(base.get_input_embeddings().weight.shape[0])),
+            limit=max(1, positions(base.config) - len(front)),
+        )
+        self.evidence["probes"] = {
+            "version": VERSION,
+            "source": probes.source,
+            "documents": len(probes.batch),
+            "tokens": probes.tokens,
+            "chat_templated": probes.templated,
+            "own": self.settings.probes.name if self.settings.probes is not None else None,
+        }
+        arms = self._arms(base, prompt, front, storage, probes)
+        with self.progress.task("Running the merged model on its own", None):
+            merged = ask_merged(self._questions(probes, arms, front, storage))
+        if merged.error or merged.answers is None:
+            text = f"the merged model could not be run on its own: {merged.error}"
+            self.findings.append(fault("outputs", "", text))
+            self.evidence["outputs"] = {"verdict": "fail"}
+            return
+        part = judge_outputs(
+            arms,
+            merged.answers,
+            Kind.CAUSAL,
+            probes.batch,
+            names=probes.names,
+            confidence=self.settings.confidence,
+            seed=self.settings.seed,
+        )
+        limit = len(front) / front[0]  # the mean is that of the tokens before them
+        part.findings += _judge_mass(merged, limit)
+        self.findings += part.findings
+        self.evidence["outputs"] = {
+            "verdict": str(verdict(part.findings)),
+            **part.evidence,
+            "prompt_tokens": {
+                "count": len(front),
+                "limit": len(front) / arms.reference.shape[-1],
+                **merged.front,
+            },
+        }
+        if arms.greedy is not None and merged.choices is not None:
+            found, self.evidence["greedy"] = judge_greedy(arms, merged, tokenizer)
+            self.findings += found
+
+    def _arms(
+        self, base: Any, prompt: Tensor, front: tuple[int, ...], storage: torch.dtype, probes: Probes
+    ) -> Arms:
+        """R, O and B, on one load of the base."""
+        widen(base, self.device)
+        model = _prompted(base, self.sources, self.device)
+        theirs = model.prompt_encoder[model.active_adapter].embedding
+        if not torch.equal(theirs.weight.detach().cpu().float(), prompt.float()):
+            self.findings.append(
+                undecided("adapter", "", "PEFT holds another prompt than the adapter's file")
+            )
+        reading = Fronted(model, front=(), count=len(front), hidden=front)
+        plain = Fronted(base, front=(), count=0, hidden=front)
+        begun = prompts(probes.batch, self.settings.greedy_prompts) if self.settings.greedy_tokens else None
+        with self.progress.task("Running the reference", None):
+            theirs.weight.data = prompt.float().to(self.device)
+            reference = self._ask(reading, probes.batch)
+            written = greedy(reading, begun, self.settings.greedy_tokens, self.device) if begun else None
+            alone = self._ask(plain, probes.batch)
+            base_written = (
+                greedy(plain, begun, self.settings.greedy_tokens, self.device)[0] if begun else None
+            )
+            theirs.weight.data = prompt.to(storage).float().to(self.device)
+            oracle = self._ask(reading, probes.batch)
+        told = (begun, *written) if begun is not None and written is not None else None
+        return Arms(reference, alone, oracle, None, told, base_written)
+
+    def _ask(self, model: Fronted, batch: Batch) -> Tensor:
+        return torch.cat([answer(model, Kind.CAUSAL, piece, self.device) for piece in batch.parts()])
+
+    def _questions(
+        self, probes: Probes, arms: Arms, front: tuple[int, ...], storage: torch.dtype
+    ) -> Questions:
+        return Questions(
+            folder=self.merged,
+            kind=Kind.CAUSAL,
+            dtype=storage,
+            device=str(self.device),
+            batch=probes.batch,
+            greedy=arms.greedy[:2] if arms.greedy is not None else None,
+            sentences=False,
+            texts=(),
+            conversations=(),
+            tokenizer=False,
+            trust=self._trust,
+            timeout=self.settings.timeout,
+            isolated=self.settings.isolated,
+            front=front,
+        )
+
+
+def _prompted(base: Any, sources: Resolved, device: torch.device) -> Any:
+    """PEFT's model over `base`. Raises MethodError when PEFT refuses."""
+    import warnings
+
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folder = adapter_folder(sources.adapter.repository)
+            return PeftModel.from_pretrained(base, folder, torch_device=str(device)).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise MethodError(f"PEFT cannot put this prompt before its base: {error}") from error
+
+
+def _judge_tokens(plain: dict[str, Any], found: dict[str, Any], count: int) -> Iterator[Finding]:
+    for name, surveyed in (("adapter or base", plain), ("merged repository", found)):
+        if "error" in surveyed:
+            yield fault("tokenizer", "", f"that of the {name} cannot be loaded: {surveyed['error']}")
+            return
+    front = found["encoded"][0][:count]
+    if len(set(front)) != count or set(front) & {number for ids in plain["encoded"] for number in ids}:
+        yield fault("tokenizer", "", f"does not put {count} new tokens in front of a text")
+        return
+    wrong = sum(
+        theirs != [*front, *ours] for theirs, ours in zip(found["encoded"], plain["encoded"], strict=True)
+    )
+    if wrong:
+        yield fault("tokenizer", "", f"encodes {wrong} of {len(plain['encoded'])} probes differently")
+    if found["size"] != plain["size"] + count:
+        yield fault("tokenizer", "", f"has {found['size']:,} tokens, expected {plain['size'] + count:,}")
+    if found["special"] != plain["special"]:
+        yield fault("tokenizer", "special tokens", f"are {found['special']}, expected {plain['special']}")
+
+
+def _judge_rendered(
+    merged: Any, base: Any, plain: dict[str, Any], found: dict[str, Any]
+) -> Iterator[Finding]:
+    """Conversations get the tokens too, and decoding hides them."""
+    front = merged("")["input_ids"][: len(found["encoded"][0]) - len(plain["encoded"][0])]
+    for theirs, ours in zip(found["rendered"], plain["rendered"], strict=True):
+        if theirs is None or ours is None:
+            continue
+        ids = merged(theirs, add_special_tokens=False)["input_ids"]
+        if list(ids) != [*front, *base(ours, add_special_tokens=False)["input_ids"]]:
+            yield fault(
+                "tokenizer", "chat template", "does not put the prompt's tokens before a conversation"
+            )
+            return
+    for ids in found["encoded"]:
+        if merged.decode(ids, skip_special_tokens=True) != base.decode(
+            ids[len(front) :], skip_special_tokens=True
+        ):
+            yield fault("tokenizer", "", "shows the prompt's tokens in decoded text")
+            return
+
+
+def _judge_mass(merged: Merged, limit: float) -> Iterator[Finding]:
+    """What the new tokens take of the probability, and whether one is ever the first choice."""
+    chosen, mass = int(merged.front.get("chosen", 0)), float(merged.front.get("mass", 1.0))
+    if chosen:
+        yield fault("outputs", "", f"a token of the prompt is the first choice at {chosen} positions")
+    # the rows are rounded to the stored dtype, which moves their logits a little
+    if mass > 1.1 * limit:
+        text = f"the prompt's tokens have a probability of {mass:.2g} where at most {limit:.2g} is allowed"
+        yield fault("outputs", "", text)
+
+
+def _tables(model: Any) -> tuple[str, str]:
+    """Names of the input embeddings and of the head."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return f"{paths[id(table)]}.weight", f"{paths[id(head)]}.weight"
+
+
+def _same(rows: Tensor, base: Tensor, numbers: list[int]) -> bool:
+    """Whether the rows that are not new are the base's, all of them."""
+    kept = [number for number in numbers if number < len(base)]
+    return len(kept) == len(rows) and same_bytes(rows.contiguous(), base[kept].to(rows.dtype).contiguous())
+
+
+def _holds(rows: Tensor, prompt: Tensor) -> bool:
+    return rows.shape == prompt.shape and same_bytes(rows.contiguous(), prompt.to(rows.dtype).contiguous())
+
+
+def _are_means(head: Tensor, front: tuple[int, ...]) -> bool:
+    """Whether each new row is the mean of the rows of all tokens before them, rounded to the head's dtype."""
+    mean = head[: front[0]].double().mean(0)
+    slack = 1.01 * half_ulp(mean, head.dtype) + 2.0**-22 * head[: front[0]].double().abs().mean(0)
+    return all(bool(((head[row].double() - mean).abs() <= slack).all()) for row in front)
