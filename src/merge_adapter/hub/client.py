@@ -12,7 +12,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
 from merge_adapter import __version__
-from merge_adapter.hub.errors import Call, translated
+from merge_adapter.hub.access import oidc_resource
+from merge_adapter.hub.errors import Call, RefusedError, translated
 from merge_adapter.hub.repository import HubRepository
 from merge_adapter.hub.session import Patience, prepare_client, repeat
 
@@ -54,6 +55,30 @@ class Hub:
         """Make a model repository; one that is there already stays as it is. None: as its owner has it by default."""
         with self.calling(f"create the repository {repo_id}", repo_id=repo_id):
             repeat(lambda: self.api.create_repo(repo_id, private=private, exist_ok=True), self.patience)
+
+    def check_may_create(self, repo_id: str) -> None:
+        """Raise RefusedError when this identity is known to have no right to make `repo_id`.
+
+        Asked before hours of work. A fine-grained or exchanged token tells too little: there the Hub's own answer
+        to `create` decides.
+        """
+        if self._token is None and oidc_resource():
+            return
+        with self.calling(f"create the repository {repo_id}", repo_id=repo_id):
+            who = repeat(lambda: self.api.whoami(cache=True), self.patience)
+        role = who.get("auth", {}).get("accessToken", {}).get("role")
+        owner = repo_id.split("/")[0]
+        member_of = {str(who["name"]).lower(), *(str(one["name"]).lower() for one in who.get("orgs", ()))}
+        if role == "read":
+            reason = f"the token of {who['name']} may only read"
+        elif role == "write" and owner.lower() not in member_of:
+            reason = f"{who['name']} is neither {owner} nor a member of it"
+        else:
+            return
+        raise RefusedError(
+            f"cannot create the repository {repo_id}: {reason}",
+            hint=f"Use a token that may write for {owner}, or publish elsewhere: --target-repo {who['name']}/NAME",
+        )
 
     def tree(self, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
         """Every file of a commit or ref, by path."""

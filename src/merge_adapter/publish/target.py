@@ -108,7 +108,8 @@ def _decide(
             named_by_user=publishing.target_repo is not None,
             allow_base=publishing.allow_base,
         )
-    find_target(target, hub=hub)
+    if find_target(target, hub=hub) is None:
+        hub.check_may_create(target.repo_id)
     notes = (decision.note,) if decision.note else ()
     return replace(publishing, target=target, licence=decision, notes=notes)
 
