@@ -7,6 +7,7 @@ than a few milliseconds stand inside the functions that need them.
 from __future__ import annotations
 
 import os
+import logging
 import signal
 import sys
 from collections.abc import Mapping
@@ -64,6 +65,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. The one place where errors become messages."""
     as_json = "--json" in arguments
     signal.signal(signal.SIGTERM, _stop)
+    # It warns of an optional kernel of its own whenever PEFT is imported beside it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(args=arguments, prog_name="merge-adapter")
     except SystemExit as leaving:  # how Typer ends: usage errors it has told itself, and Ctrl-C
