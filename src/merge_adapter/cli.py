@@ -6,8 +6,8 @@ than a few milliseconds stand inside the functions that need them.
 
 from __future__ import annotations
 
-import os
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
