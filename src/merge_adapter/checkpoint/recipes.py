@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,30 +64,34 @@ class Scaled:
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         weight = stored.read_rows(self.uses[0], start, stop).float()
         if self.zero:
-            weight = weight - self._spread(stored.read(self.zero).float(), start, stop)
-        return weight * self._spread(_scale(stored.read(self.uses[1])), start, stop)
+            weight = weight - self._spread(stored, self.zero, start, stop)
+        return weight * self._spread(stored, self.uses[1], start, stop)
 
-    def _spread(self, values: Tensor, start: int, stop: int) -> Tensor:
+    def _spread(self, stored: Weights, name: str, start: int, stop: int) -> Tensor:
         """One value per block -> one per element of the rows asked for, or one for all."""
         import torch
 
-        if values.numel() == 1:
-            return values.reshape(())
-        columns = self.shape[-1]
+        tall, wide = self.block
+        if stored.specs[name].elements == 1:
+            return _numbers(stored.read(name)).reshape(())
         if len(self.shape) == 3:
-            tall = values[start:stop].repeat_interleave(self.block[0], dim=1)[:, : self.shape[1]]
-            return tall.repeat_interleave(self.block[1], dim=2)[..., :columns]
-        which = torch.arange(start, stop) // self.block[0]
-        spread = values.reshape(values.shape[0], -1)[which]  # [rows, blocks of columns]
-        return spread.repeat_interleave(self.block[1], dim=1)[:, :columns]
+            each = _numbers(
+                stored.read_rows(name, start, stop)
+            )  # [experts, blocks of rows, blocks of columns]
+            each = each.repeat_interleave(tall, dim=1)[:, : self.shape[1]]
+            return each.repeat_interleave(wide, dim=2)[..., : self.shape[2]]
+        first = start // tall
+        values = _numbers(stored.read_rows(name, first, -(-stop // tall)))
+        wider = values.reshape(values.shape[0], -1).repeat_interleave(wide, dim=1)[:, : self.shape[1]]
+        return wider[torch.arange(start, stop) // tall - first]
 
 
-def _scale(stored: Tensor) -> Tensor:
-    """Scales as float32; bytes are E8M0 exponents."""
+def _numbers(stored: Tensor) -> Tensor:
+    """Scales or zero points as float32; unsigned bytes are E8M0 exponents."""
     import torch
 
     if stored.dtype is torch.uint8:
-        return (stored.float() - _MX_BIAS).exp2()
+        return powers(stored)
     return stored.float()
 
 
@@ -165,13 +170,11 @@ class Block4:
         columns, size = self.shape[1], self.state.blocksize
         first, last = start * columns, stop * columns
         packed = self._bytes(stored, first // 2, -(-last // 2))
-        codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)  # high half first
-        codes = codes[first % 2 : first % 2 + last - first]
-        low, high = first // size, -(-last // size)
-        scales = self._scales(stored, low, high)
-        which = torch.arange(first, last) // size - low
-        values = stored.read(self.uses[2]).float()[codes.long()]
-        made = (values * scales[which]).reshape(stop - start, columns)
+        values = pairs(stored.read(self.uses[2]).float(), packed, high_first=True)
+        values = values[first % 2 : first % 2 + last - first]
+        low = first // size
+        scales = self._scales(stored, low, -(-last // size)).repeat_interleave(size)
+        made = (values * scales[first - low * size :][: last - first]).reshape(stop - start, columns)
         return made.to(getattr(torch, self.state.dtype))
 
     def _bytes(self, stored: Weights, low: int, high: int) -> Tensor:
@@ -195,6 +198,25 @@ class Block4:
         return table[absmax.long()] * outer[which] + self.state.nested_offset
 
 
+def pairs(table: Tensor, packed: Tensor, *, high_first: bool) -> Tensor:
+    """Bytes of two codes each -> the values of `table[16]` that they stand for, flat."""
+    import torch
+
+    halves = torch.arange(256)
+    order = (halves >> 4, halves & 15) if high_first else (halves & 15, halves >> 4)
+    both = torch.stack((table[order[0]], table[order[1]]), dim=1)  # [256, 2]
+    # two float32 as one int64, which torch looks up ten times as fast as a row of two
+    return both.view(torch.int64).reshape(-1).take(packed.reshape(-1).long()).view(torch.float32)
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """Bytes of E8M0 -> the powers of two that they stand for, exact."""
+    import torch
+
+    table = torch.ldexp(torch.ones(256), torch.arange(256) - _MX_BIAS)
+    return table.take(exponents.long())
+
+
 @dataclass(frozen=True)
 class Packed:
     """compressed-tensors' packed integers: `bits` each, densely into int32 words along the inputs, low bits first."""
@@ -212,14 +234,21 @@ class Packed:
     def rows(self, stored: Weights, start: int, stop: int) -> Tensor:
         columns = self.shape[1]
         values = unpacked(stored.read_rows(self.uses[0], start, stop), self.bits)[:, :columns]
-        scale = stored.read(self.uses[1]).float()
-        scale = scale.reshape(scale.shape[0], -1).expand(self.shape[0], -1)[start:stop]
+        if stored.specs[self.uses[1]].shape[0] == self.shape[0]:
+            scale = stored.read_rows(self.uses[1], start, stop).float().reshape(stop - start, -1)
+        else:
+            scale = stored.read(self.uses[1]).float().reshape(1, -1)
         group = columns // scale.shape[1]
         if self.zero:
-            words = stored.read(self.zero)  # [rows packed, groups]
-            zero = unpacked(words.T.contiguous(), self.bits).T[start:stop]
-            values = values - zero.repeat_interleave(group, dim=1)
+            values = values - self._zero(stored, start, stop).repeat_interleave(group, dim=1)
         return values * scale.repeat_interleave(group, dim=1)
+
+    def _zero(self, stored: Weights, start: int, stop: int) -> Tensor:
+        """Zero points of the rows asked for, `[rows, groups]`, from the words that hold them."""
+        first = start // _WORD * _WORD  # there a word begins, whatever the width
+        last = min(-(-stop // _WORD) * self.bits, stored.specs[self.zero].shape[0])
+        words = stored.read_rows(self.zero, first * self.bits // _WORD, last)
+        return unpacked(words.T.contiguous(), self.bits).T[start - first : stop - first]
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
@@ -227,6 +256,11 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     import torch
 
     rows, count = words.shape
+    if bits in (4, 8) and sys.byteorder == "little":  # the common widths never cross a byte
+        codes = words.view(torch.uint8)
+        if bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).reshape(rows, -1)
+        return codes.float() - (1 << (bits - 1))
     held = words.long() & 0xFFFFFFFF
     begin = torch.arange(count * _WORD // bits) * bits
     word, shift = begin // _WORD, begin % _WORD
@@ -252,12 +286,9 @@ class Mx4:
         import torch
 
         blocks = stored.read_rows(self.uses[0], start, stop)
-        exponents = stored.read_rows(self.uses[1], start, stop).int() - _MX_BIAS
-        table = torch.tensor(_FP4)
-        values = torch.stack(
-            (table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1
-        )  # low half first
-        values = torch.ldexp(values.flatten(-2), exponents[..., None])
+        scales = powers(stored.read_rows(self.uses[1], start, stop))
+        values = pairs(torch.tensor(_FP4), blocks, high_first=False)
+        values = values.reshape(*scales.shape, 32) * scales[..., None]
         return values.flatten(-2).transpose(1, 2).contiguous()  # [experts, out, in] -> [experts, in, out]
 
 
