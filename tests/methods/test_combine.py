@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.cli import run
 from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.merge import merge
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.plan import MergePlan, make_plan
+from merge_adapter.publish.identity import identity_of_report
+from merge_adapter.report.document import verdict_only
 from merge_adapter.several import check_adapters, compare_tokenizers
 from merge_adapter.types import (
     Adapter,
@@ -32,6 +35,7 @@ from merge_adapter.types import (
     Resolved,
     Silent,
     Verdict,
+    Verification,
 )
 from merge_adapter.verify import VerifySettings, verify
 
@@ -370,3 +374,58 @@ def test_the_gate_fails_a_wrong_combination(
     else:
         made.merge(tmp_path / "out", combination, (0.7, -0.44) if fault == "weight" else (0.7, 0.0))
     assert _judge(made, combination, tmp_path / "out") is Verdict.FAIL
+
+
+# -------------------------------------------------------------------------------------------------- as a user
+
+
+def test_the_command_line_takes_adapters_and_weights_in_order(
+    several: Callable[..., Several], lm_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`merge`, `plan` and `verify` take the same options; report and card say what was merged with which weight."""
+    made = several(ATTENTION, WIDE)
+    first, second = map(str, made.adapters)
+    base, out = str(made.base), tmp_path / "merged"
+    several_options = ["--adapter", second, "--weight", "0.7", "--weight", "-0.4"]
+    ties = ["--combination", "ties", "--density", "0.6", "--base-model", base, "--json"]
+    assert run(["plan", first, *several_options, *ties]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["combination"] == {"type": "ties", "density": 0.6, "majority_sign": "total"}
+    assert run(["merge", first, *several_options, *ties, "--no-verify", "--output", str(out)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [entry["weight"] for entry in report["adapters"]] == [0.7, -0.4]
+    assert report["combination"] == planned["combination"]
+    assert report["adapter"]["consumed"] == report["adapter"]["tensors"] == planned["adapter"]["consumed"]
+    card = (out / "README.md").read_text()
+    assert "weight 0.7" in card
+    assert "weight -0.4" in card
+    assert "`ties`, density 0.6, majority sign total" in card
+    expected = made.expected(WEIGHTED["ties"])
+    for name, value in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6)
+    judged = ["verify", str(out), "--adapter", first, "--probe-tokens", "64"]
+    assert run([*judged, *several_options, *ties]) == 0
+    assert run(["plan", first, *several_options, "--weight", "1", "--base-model", base]) == 2
+    assert "3 weights were given" in capsys.readouterr().err
+
+
+def test_weights_and_combination_tell_publications_apart(several: Callable[..., Several]) -> None:
+    """Two merges of the same adapters are one publication only when weights and combination agree."""
+    made = several(ATTENTION, WIDE)
+
+    def key(combination: Combination, weights: tuple[float, ...]) -> str:
+        sources = made.sources(combination, weights)
+        report: dict[str, Any] = {
+            **verdict_only(sources, Verification(Verdict.PASS, ())),
+            "output": {"dtype": "auto", "files": []},
+        }
+        return identity_of_report(report, "").key
+
+    keys = {
+        key(Sequential, (1.0, 1.0)),
+        key(Sequential, (0.5, 1.0)),
+        key(WEIGHTED["ties"], (1.0, 1.0)),
+        key(WEIGHTED["linear"], (1.0, 1.0)),
+        key(Combination(CombinationType.TIES, density=0.7), (1.0, 1.0)),
+    }
+    assert len(keys) == 5
