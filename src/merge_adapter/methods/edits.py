@@ -7,7 +7,7 @@ load, as a new tensor, or on one of two tensors that were tied and now part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from merge_adapter.methods.change import (
     TensorSpec,
 )
 from merge_adapter.methods.grouped import plan_group
-from merge_adapter.methods.resizing import may_resize
+from merge_adapter.methods.resizing import may_resize, vocabularies
 from merge_adapter.methods.tying import Ties, find_ties
 
 
@@ -108,7 +108,7 @@ def place(context: Context, edits: Sequence[Edit]) -> Placed:
         if not builder.add(edit):
             missing[edit.parameter] = (*missing.get(edit.parameter, ()), *edit.consumes)
     if missing:
-        raise no_target(missing)
+        raise _never_saved(context, missing) or no_target(missing)
     return builder.finish()
 
 
@@ -192,8 +192,25 @@ class _Builder:
         """Only a module that the model has, or may have, can be given tensors that the checkpoint lacks."""
         return self.context.names.exists(edit.parameter.rpartition(".")[0]) is True
 
+    def _check_new(self, edit: Edit) -> None:
+        """A tensor that the base lacks must be what the class expects, but for its number of tokens."""
+        module, _, leaf = edit.parameter.rpartition(".")
+        expected = getattr(self.context.names.module(module), leaf, None)
+        got = edit.shape
+        if expected is None or got is None or tuple(expected.shape) == got:
+            return
+        tokens = vocabularies(self.context.sources.base.config)
+        if len(got) == expected.ndim and expected.shape[0] in tokens and expected.shape[1:] == got[1:]:
+            return
+        raise ShapeError(
+            f"{edit.parameter}: expected {list(expected.shape)} in a {self.context.names.architecture} of the"
+            f" base's config.json, got {list(got)} from the adapter.",
+            hint="The head was trained under another configuration; name the base that has it with --base-model.",
+        )
+
     def _add_new(self, edit: Edit) -> None:
         assert edit.shape is not None
+        self._check_new(edit)
         spec = TensorSpec(
             self.context.names.disk_name(edit.parameter), usual_dtype(self.context.base.values()), edit.shape
         )
@@ -219,15 +236,36 @@ def check_shape(what: str, expected: Sequence[int], got: Sequence[int] | None, *
         )
 
 
-def no_target(missing: dict[str, tuple[str, ...]]) -> AccountingError:
+def no_target(missing: Mapping[str, tuple[str, ...]]) -> AccountingError:
     """The error for adapter tensors whose targets the base does not have: target -> adapter tensors."""
     tensors = tuple(name for names in missing.values() for name in names)
-    listed = "; ".join(f"{target} ({', '.join(names)})" for target, names in missing.items())
     return AccountingError(
-        f"{len(tensors)} adapter tensors have no tensor in the base to change: {listed}.",
+        f"{len(tensors)} adapter tensors have no tensor in the base to change: {_listed(missing)}.",
         tensors=tensors,
         hint="The adapter was trained on another architecture; name its base with --base-model.",
     )
+
+
+def _never_saved(context: Context, missing: Mapping[str, tuple[str, ...]]) -> AccountingError | None:
+    """The error for targets that the class of the training has, but neither base nor adapter holds."""
+    model = context.names.architecture
+    if model is None or not all(context.names.exists(name.rpartition(".")[0]) for name in missing):
+        return None
+    tensors = tuple(name for names in missing.values() for name in names)
+    return AccountingError(
+        f"{len(tensors)} adapter tensors change parameters that a {model} has, but that are neither in the base"
+        f" checkpoint nor in the adapter: {_listed(missing)}. In training they were random, and nothing recorded"
+        " their values.",
+        tensors=tensors,
+        hint="Name the very base of the training with --base-model. Or train again with these modules in"
+        " modules_to_save, or out of target_modules.",
+    )
+
+
+def _listed(missing: Mapping[str, tuple[str, ...]], most: int = 6) -> str:
+    """The first targets with their adapter tensors; the error itself holds all names."""
+    shown = "; ".join(f"{target} ({', '.join(names)})" for target, names in list(missing.items())[:most])
+    return f"{shown}; and {len(missing) - most} more" if len(missing) > most else shown
 
 
 def config_without_ties(config: Any) -> dict[str, Any]:

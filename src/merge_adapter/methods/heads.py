@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from merge_adapter.errors import BaseModelError, ShapeError
 from merge_adapter.methods.change import Context, Planned
 from merge_adapter.methods.edits import Edit, Placed, config_without_ties
-from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED, vocabularies
+from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED, resize_bias, vocabularies
 
 _HEADED = (*LABELLED, "QUESTION_ANS")
 _PER_TOKEN = frozenset(
@@ -26,7 +27,8 @@ def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Pla
     config: dict[str, Any] = config_without_ties(base) if placed.untied else {}
     notes = list(placed.notes)
     dropped: tuple[str, ...] = ()
-    architecture = _new_architecture(context, placed)
+    resized = _resized(context, placed)
+    architecture = _new_architecture(context, placed, resized)
     if architecture is not None:
         config["architectures"] = [architecture]
         _check_complete(context, placed, architecture)
@@ -37,18 +39,28 @@ def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Pla
                 f"Tensors of the base that {architecture} does not have are left out: {_some(dropped)}."
             )
     config |= _labels(context, edits, notes)
-    _vocabulary(context, placed, {**base, **config}, config, notes)
-    return Planned(placed.changes, tuple(notes), config, dropped=dropped)
+    changes = placed.changes
+    if resized is not None:
+        _check_resized(resized, dropped)
+        config |= _with_vocabulary({**base, **config}, resized.before, resized.after)
+        notes.append(
+            f"The vocabulary was resized from {resized.before} to {resized.after} tokens in training."
+        )
+        biases = [name for name in resized.biases if name not in dropped]
+        changes = (*changes, *(resize_bias(context.base[name], resized.after) for name in biases))
+    return Planned(changes, tuple(notes), config, dropped=dropped)
 
 
-def _new_architecture(context: Context, placed: Placed) -> str | None:
+def _new_architecture(context: Context, placed: Placed, resized: Resized | None) -> str | None:
     """The class of the merged model where it is not the base's own."""
     found = context.names.architecture
     if found is None or found in (context.sources.base.config.get("architectures") or ()):
         return None
     weights = [name for name in placed.added if name.endswith(".weight")]
     headed = context.config.get("task_type") in _HEADED
-    return found if weights or headed else None
+    # A head of another class, still of the old vocabulary, could not be loaded any more.
+    outgrown = resized is not None and set(resized.stale) & set(context.names.unused)
+    return found if weights or headed or outgrown else None
 
 
 def _check_complete(context: Context, placed: Placed, architecture: str) -> None:
@@ -96,32 +108,56 @@ def _labels(context: Context, edits: Sequence[Edit], notes: list[str]) -> dict[s
     return changes
 
 
-def _vocabulary(
-    context: Context, placed: Placed, merged: Mapping[str, Any], config: dict[str, Any], notes: list[str]
-) -> None:
-    """Follow a vocabulary that was resized in training, and make sure that all of the model does."""
+@dataclass(frozen=True)
+class Resized:
+    """A vocabulary that was resized in training."""
+
+    before: int
+    after: int
+    stale: tuple[str, ...]
+    """Tensors of the output with one row per token that still have the old number."""
+    biases: tuple[str, ...]
+    """Frozen biases with one column per token, which transformers resizes by rule and PEFT does not save."""
+
+
+def _resized(context: Context, placed: Placed) -> Resized | None:
+    """What the changes say of the vocabulary's size. Raises ShapeError for two sizes at once."""
     sizes = vocabularies(context.sources.base.config)
     written = {spec.name: spec for change in placed.changes for spec in change.writes}
-    resized = {
+    found = {
         (context.base[name].shape[0], spec.shape[0])
         for name, spec in written.items()
         if name in context.base and context.base[name].shape[:1] != spec.shape[:1]
         if context.base[name].shape[0] in sizes and _per_token(name)
     }
-    for before, after in resized:
-        stale = [
-            name
-            for name, spec in {**context.base, **written}.items()
-            if spec.shape[:1] == (before,) and _per_token(name)
-        ]
-        if len(resized) > 1 or stale:
-            raise ShapeError(
-                f"The vocabulary was resized from {before} to {after} tokens in training, but the adapter has no"
-                f" rows of that size for {_some(stale) or 'all embeddings'}.",
-                hint="Save the adapter with save_embedding_layers=True, so that all embeddings are in it.",
-            )
-        config |= _with_vocabulary(merged, before, after)
-        notes.append(f"The vocabulary was resized from {before} to {after} tokens in training.")
+    if not found:
+        return None
+    (before, after), *others = sorted(found)
+    if others:
+        raise ShapeError(
+            f"The vocabulary was resized from {before} to {after} tokens for one embedding in training, and from"
+            f" {others[0][0]} to {others[0][1]} for another.",
+            hint="Keep the adapter unmerged; no config.json can say both.",
+        )
+    specs = {**context.base, **written}
+    stale = tuple(name for name, spec in specs.items() if spec.shape[:1] == (before,) and _per_token(name))
+    biases = tuple(
+        name
+        for name, spec in specs.items()
+        if name.rpartition(".")[2] == "final_logits_bias" and spec.shape == (1, before)
+    )
+    return Resized(before, after, stale, biases)
+
+
+def _check_resized(resized: Resized, dropped: Collection[str]) -> None:
+    """Make sure that all of the model follows the vocabulary."""
+    stale = [name for name in resized.stale if name not in dropped]
+    if stale:
+        raise ShapeError(
+            f"The vocabulary was resized from {resized.before} to {resized.after} tokens in training, but the"
+            f" adapter has no rows of that size for {_some(stale)}.",
+            hint="Save the adapter with save_embedding_layers=True, so that all embeddings are in it.",
+        )
 
 
 def _with_vocabulary(merged: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from merge_adapter.methods.lora_targets import named_parameters, parameter_of
 from merge_adapter.methods.replacements import replacement_edits
 from merge_adapter.methods.resizing import vocabularies
 from merge_adapter.methods.tokens import token_edits
+from merge_adapter.methods.tying import Same
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -118,7 +119,10 @@ def _module_edits(
     module = parameter.rpartition(".")[0]
     a, b = _pair(factors)
     shape = trained.get(parameter) or shape_of(context, parameter)
-    if shape is not None and len(shape) == 3 and context.names.kind(module) is not ModuleKind.CONV:
+    if shape is None:  # nothing to change, which `place` says
+        yield Edit(parameter, factors.names, Kind.ADDITIVE, Same())
+        return
+    if len(shape) == 3 and context.names.kind(module) is not ModuleKind.CONV:
         yield _stack_edit(context, factors, parameter, shape)
         return
     rank = a.shape[0]
@@ -135,7 +139,7 @@ def _module_edits(
 
 
 def _weight_edit(
-    context: Context, factors: Factors, parameter: str, shape: tuple[int, ...] | None, scale: float
+    context: Context, factors: Factors, parameter: str, shape: tuple[int, ...], scale: float
 ) -> Edit:
     a, b = _pair(factors)
     module = parameter.rpartition(".")[0]
@@ -144,8 +148,7 @@ def _weight_edit(
     transposed = factors.embedding or conv1d
     out, into = b.shape[0], math.prod(a.shape[1:])
     rows, columns = (into, out) if transposed else (out, into)
-    if shape is not None:
-        _check_weight(context, parameter, shape, rows, columns)
+    _check_weight(context, parameter, shape, rows, columns)
     magnitude = factors.parts.get("lora_magnitude_vector")
     if magnitude is not None:
         _check_magnitude(context, magnitude, columns if transposed else rows)

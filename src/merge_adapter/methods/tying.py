@@ -7,12 +7,13 @@ gets a tensor of its own, and the config says that nothing is tied any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merge_adapter.errors import MethodError
 from merge_adapter.methods.change import Change, Context, Kind, RowChange, RowKernel, TensorSpec, Weights
+from merge_adapter.types import CombinationType
 
 if TYPE_CHECKING:
     from merge_adapter.methods.edits import Edit
@@ -113,12 +114,29 @@ def _loosened(context: Context, found: Ties, parted: set[tuple[str, ...]]) -> Ti
 
 def _alike(context: Context, touched: Sequence[Edit]) -> bool:
     """Whether all members change in the same way, so that the tie can stay."""
-    if all(edit.follows_ties for edit in touched):
-        return True
-    by_member: dict[str, list[Kind]] = {}
+    by_member: dict[str, list[Edit]] = {}
     for edit in touched:
-        by_member.setdefault(edit.parameter, []).append(edit.kind)
-    return bool(context.config.get("ensure_weight_tying")) and len(set(map(tuple, by_member.values()))) == 1
+        by_member.setdefault(edit.parameter, []).append(edit)
+    if all(edit.follows_ties for edit in touched):
+        values = [edits for edits in by_member.values() if any(edit.arithmetic for edit in edits)]
+        return len(values) < 2 or _same(context, values)
+    whole = {touched[0].parameter, *context.names.tied(touched[0].parameter)} == set(by_member)
+    return bool(context.config.get("ensure_weight_tying")) and whole and _same(context, by_member.values())
+
+
+def _same(context: Context, members: Collection[Sequence[Edit]]) -> bool:
+    """Whether the adapter's file holds the same values for each member."""
+    from merge_adapter.methods.adapter_file import read_adapter
+    from merge_adapter.methods.same_values import equal_edits
+
+    first, *others = members
+    if context.sources.combination.type is not CombinationType.SEQUENTIAL:
+        return False  # the values are only made when the merge runs
+    file = read_adapter(context.adapter)
+    if any(name not in file.stored for edits in members for edit in edits for name in edit.consumes):
+        return False
+    with file.open() as weights:
+        return all(equal_edits(weights, first, other) for other in others)
 
 
 def _folded(context: Context, edits: Sequence[Edit], members: tuple[str, ...]) -> tuple[Edit, ...]:

@@ -8,12 +8,20 @@ from typing import Any
 
 from merge_adapter.errors import PolicyError
 from merge_adapter.methods.change import NameMap, TensorSpec
+from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED
 from merge_adapter.names.direct import DirectNames, direct_names
 from merge_adapter.types import BaseModel
 
 PEFT_PREFIX = "base_model.model."
 _MARKS = ("modules_to_save", "token_adapter", "base_layer", "original_module")
 """Path components that PEFT puts between a module and a tensor of its own."""
+
+_HEADED = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+"""Task type -> how the names of its classes end."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ def name_map(
     needs code of its own and `trust_remote_code` is False.
     """
     modules, parameters = split_targets(adapter, tuner_prefixes)
-    if not adapter_config.get("target_parameters") and not any("lora_embedding" in name for name in adapter):
+    plain = not adapter_config.get("target_parameters") and not _other_head(base.config, adapter_config)
+    if plain and not any("lora_embedding" in name for name in adapter):
         fast = direct_names(base.config, tensors, modules=modules, parameters=parameters)
         if isinstance(fast, DirectNames):
             return fast
@@ -98,6 +107,14 @@ def split_targets(
     return frozenset(modules - {""}), frozenset(parameters)
 
 
+def _other_head(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> bool:
+    """Whether the adapter was trained on a class with a head that the base's own class does not have."""
+    wanted = _HEADED.get(str(adapter_config.get("task_type")))
+    return wanted is not None and not any(
+        str(name).endswith(wanted) for name in config.get("architectures") or ()
+    )
+
+
 def _needs_code(config: Mapping[str, Any]) -> str:
     """The model type when only the repository's own code knows it, else ""."""
     from transformers import CONFIG_MAPPING
@@ -110,10 +127,9 @@ def _needs_code(config: Mapping[str, Any]) -> str:
 
 def _head_changes(adapter_config: Mapping[str, Any], adapter: Mapping[str, TensorSpec]) -> Mapping[str, Any]:
     """Config attributes that the adapter's trained head fixes: its number of labels."""
-    if adapter_config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if adapter_config.get("task_type") not in LABELLED:
         return {}
-    heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
     for name, spec in adapter.items():
-        if name.replace("modules_to_save.", "").endswith(heads) and len(spec.shape) == 2:
+        if name.replace("modules_to_save.", "").endswith(LABEL_HEADS) and len(spec.shape) == 2:
             return {"num_labels": spec.shape[0]}
     return {}
