@@ -17,7 +17,7 @@ from merge_adapter.methods.lora_arithmetic import LowRank, LowRankStack, ScaledS
 from merge_adapter.methods.lora_targets import named_parameters, parameter_of
 from merge_adapter.methods.replacements import replacement_edits
 from merge_adapter.methods.resizing import vocabularies
-from merge_adapter.methods.tokens import token_edits
+from merge_adapter.methods.tokens import split_tokens, token_edits
 from merge_adapter.methods.tying import Same
 
 _PART = re.compile(
@@ -59,9 +59,11 @@ class Sorted:
 def plan_lora(context: Context) -> Planned:
     """Plan a LoRA adapter. Raises AccountingError, ShapeError, MethodError."""
     found = sort_tensors(context.tensors)
-    tokens, parameters = token_edits(context, found.rest)
+    deltas, parameters = split_tokens(found.rest)
     # Trained tensors take the base's place before anything is added to them.
-    edits = [*replacement_edits(context, parameters), *tokens]
+    edits = replacement_edits(context, parameters)
+    replaced = {edit.parameter: edit.shape for edit in edits if edit.shape}
+    edits.extend(token_edits(context, deltas, replaced))
     trained = {edit.parameter: edit.shape for edit in edits if edit.arithmetic is None and edit.shape}
     for factors in found.factors:
         edits.extend(_module_edits(context, factors, trained))

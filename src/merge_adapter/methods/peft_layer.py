@@ -153,9 +153,11 @@ class _Planner:
             )
         names = self.assigned.of_module.get(parameter.rpartition(".")[0], ())
         raise AccountingError(
-            f"The base checkpoint has no tensor for {parameter}, which the adapter changes.",
+            f"The adapter changes {parameter}, which a {self.names.architecture} has, but which is neither in the"
+            " base checkpoint nor in the adapter. In training it was random, and nothing recorded its values.",
             tensors=names,
-            hint="Name the base the adapter was trained on with --base-model.",
+            hint="Name the very base of the training with --base-model. Or train again with this module in"
+            " modules_to_save, or out of target_modules.",
         )
 
     def _together(

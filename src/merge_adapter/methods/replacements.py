@@ -9,7 +9,8 @@ from merge_adapter.methods.edits import Edit, no_target
 
 _FROZEN = ".original_module."
 _WRAPPED = ".modules_to_save."
-_BASE = ".base_layer."
+_BASES = (".token_adapter.base_layer.", ".base_layer.")
+"""Where PEFT's wrappers keep the frozen original: that of trained tokens, and that of a layer."""
 
 
 def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) -> list[Edit]:
@@ -21,7 +22,9 @@ def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) ->
     others: dict[str, list[str]] = {}
     trained: dict[str, TensorSpec] = {}
     for path, spec in parameters.items():
-        parameter = path.replace(_BASE, ".").replace(_WRAPPED, ".").replace(_FROZEN, ".")
+        parameter = path
+        for inside in (*_BASES, _WRAPPED, _FROZEN):
+            parameter = parameter.replace(inside, ".")
         twin = _WRAPPED in path and path.replace(_WRAPPED, ".") in parameters
         if twin or _FROZEN in path or parameter in trained:
             others.setdefault(parameter, []).append(spec.name)

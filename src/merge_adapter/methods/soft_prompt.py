@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.output import target_spec
@@ -87,8 +87,7 @@ def plan_soft_prompt(context: Context) -> Planned:
     _check_task(context)
     prompt = _check_tensors(context)
     tokens = virtual_tokens(context.sources)
-    model = getattr(context.names, "model", None)
-    table, head = _places(model)
+    table, head, scale = _places(getattr(context.names, "model", None), tokens.ids[0])
     stored = _stored(context, f"{table}.weight")
     if prompt.shape != (len(tokens.ids), stored.shape[1]):
         raise ShapeError(
@@ -104,7 +103,8 @@ def plan_soft_prompt(context: Context) -> Planned:
     if tied:
         check_can_part(context, (f"{table}.weight", f"{head}.weight"))
     rows = max(stored.shape[0], tokens.ids[-1] + 1)
-    changes = [_grow(context, stored, stored.name, f"{table}.weight", tokens, rows, prompt.name)]
+    arithmetic = NewRows(stored.name, stored.name, rows, tokens.ids, "", prompt.name, scale)
+    changes = [_grow(context, stored, f"{table}.weight", arithmetic)]
     for leaf in ("weight", "bias"):
         parameter = f"{head}.{leaf}"
         if leaf == "bias" and context.names.direct(parameter) is None:
@@ -117,7 +117,9 @@ def plan_soft_prompt(context: Context) -> Planned:
                 hint=_KEEP,
             )
         name = context.names.disk_name(parameter) if tied and leaf == "weight" else source.name
-        changes.append(_grow(context, source, name, parameter, tokens, rows, None))
+        changes.append(
+            _grow(context, source, parameter, NewRows(source.name, name, rows, tokens.ids, "", None))
+        )
     config = config_without_ties(context.sources.base.config) if tied else {}
     if rows != stored.shape[0]:
         config |= _vocabulary(context.sources.base.config, stored.shape[0], rows, config)
@@ -154,20 +156,53 @@ def _check_tensors(context: Context) -> TensorSpec:
     return context.tensors[PROMPT]
 
 
-def _places(model: Any) -> tuple[str, str]:
-    """Paths of the input embeddings and of the head. Raises MethodError for those that are more than a table."""
+def _places(model: Any, tokens: int) -> tuple[str, str, float]:
+    """Paths of the input embeddings and of the head, and what the former multiplies its rows with.
+
+    `tokens` is the number of tokens known before. Raises MethodError for a model that reads or writes tokens in
+    another way.
+    """
     from torch import nn
 
     table = model.get_input_embeddings() if model is not None else None
     head = model.get_output_embeddings() if model is not None else None
-    if type(table) is not nn.Embedding or type(head) is not nn.Linear:
+    scale = _scale(table)
+    if scale is None or type(head) is not nn.Linear:
         raise MethodError(
             f"{type(model).__name__} reads tokens through {type(table).__name__} and writes them through"
             f" {type(head).__name__}; a prompt can become rows of a plain embedding with a plain linear head alone.",
             hint=_KEEP,
         )
     paths = {id(module): path for path, module in model.named_modules()}
-    return paths[id(table)], paths[id(head)]
+    second = next(
+        (
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module is not table and module.num_embeddings > tokens / 2
+        ),
+        None,
+    )
+    if second is not None:
+        raise MethodError(
+            f"{type(model).__name__} reads token ids a second time, through {second}, of which a prompt knows nothing.",
+            hint=_KEEP,
+        )
+    return paths[id(table)], paths[id(head)], scale
+
+
+def _scale(table: Any) -> float | None:
+    """What an embedding multiplies its rows with, as Gemma's does; None for one that does other things.
+
+    PEFT puts the prompt behind that product.
+    """
+    from torch import nn
+
+    if type(table) is nn.Embedding:
+        return 1.0
+    if not isinstance(table, nn.Embedding) or not type(table).__name__.endswith("ScaledWordEmbedding"):
+        return None
+    scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
+    return float(scale) if isinstance(scale, int | float) and scale else None
 
 
 def _stored(context: Context, parameter: str) -> TensorSpec:
@@ -179,25 +214,17 @@ def _stored(context: Context, parameter: str) -> TensorSpec:
     return spec
 
 
-def _grow(
-    context: Context,
-    source: TensorSpec,
-    name: str,
-    parameter: str,
-    tokens: VirtualTokens,
-    rows: int,
-    prompt: str | None,
-) -> ModuleChange:
-    written = TensorSpec(name, source.dtype, (rows, *source.shape[1:]))
-    out = target_spec(written, context.settings.dtype).dtype
+def _grow(context: Context, source: TensorSpec, parameter: str, arithmetic: NewRows) -> ModuleChange:
+    written = TensorSpec(arithmetic.name, source.dtype, (arithmetic.rows, *source.shape[1:]))
+    out = target_spec(written, context.settings.dtype)
     return ModuleChange(
         module=parameter,
         reads=(source.name,),
         writes=(written,),
-        consumes=(prompt,) if prompt else (),
+        consumes=(arithmetic.prompt,) if arithmetic.prompt else (),
         kind=Kind.ADD,
-        memory_bytes=2 * TensorSpec(name, out, written.shape).nbytes,
-        arithmetic=NewRows(source.name, name, rows, tokens.ids, out, prompt),
+        memory_bytes=2 * out.nbytes,
+        arithmetic=replace(arithmetic, dtype=out.dtype),
     )
 
 
@@ -211,7 +238,10 @@ class NewRows(ModuleArithmetic):
     """Of the result; those between the base's and the new ones do not occur."""
     ids: tuple[int, ...] = field(repr=False)
     dtype: str
+    """Of the output; the plan fills it in."""
     prompt: str | None
+    scale: float = 1.0
+    """What the embedding multiplies its rows with."""
 
     def run(self, base: Weights, adapter: Weights) -> Iterator[tuple[str, Tensor]]:
         import torch
@@ -226,7 +256,7 @@ class NewRows(ModuleArithmetic):
             block = base.read_rows(self.source, start, min(start + _ROWS, spec.shape[0]))
             table[start : start + len(block)] = block
             total += block[: max(0, first - start)].double().sum(0)
-        new = adapter.read(self.prompt).float() if self.prompt else (total / first).float()
+        new = adapter.read(self.prompt).double() / self.scale if self.prompt else total / first
         table[first : self.ids[-1] + 1] = new
         yield self.name, table
 

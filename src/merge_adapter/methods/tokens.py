@@ -12,24 +12,31 @@ from merge_adapter.methods.lora_arithmetic import NewRows
 _SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 
-def token_edits(
-    context: Context, parameters: Mapping[str, TensorSpec]
-) -> tuple[list[Edit], dict[str, TensorSpec]]:
-    """The edits of trained tokens, and the tensors that are something else."""
-    edits: list[Edit] = []
+def split_tokens(
+    parameters: Mapping[str, TensorSpec],
+) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Trained tokens by the path of their module, and the tensors that are something else by their path."""
+    deltas: dict[str, TensorSpec] = {}
     rest: dict[str, TensorSpec] = {}
     for path, spec in parameters.items():
         if path.endswith(_SUFFIX):
-            edits.append(_edit(context, path.removesuffix(_SUFFIX), spec))
+            deltas[path.removesuffix(_SUFFIX)] = spec
         else:
             rest[path] = spec
-    return edits, rest
+    return deltas, rest
 
 
-def _edit(context: Context, module: str, spec: TensorSpec) -> Edit:
+def token_edits(
+    context: Context, deltas: Mapping[str, TensorSpec], replaced: Mapping[str, tuple[int, ...]]
+) -> list[Edit]:
+    """The edits of trained tokens. `replaced`: parameter -> shape of the adapter's tensor that it becomes first."""
+    return [_edit(context, module, spec, replaced.get(f"{module}.weight")) for module, spec in deltas.items()]
+
+
+def _edit(context: Context, module: str, spec: TensorSpec, resized: tuple[int, ...] | None) -> Edit:
     rows = _indices(context, module, spec)
     parameter = f"{module}.weight"
-    shape = shape_of(context, parameter)
+    shape = resized or shape_of(context, parameter)
     if shape is not None:
         check_shape(spec.name, (len(rows), *shape[1:]), spec.shape)
         beyond = [row for row in rows if not 0 <= row < shape[0]]

@@ -200,13 +200,11 @@ def _resized(edits: Sequence[Edit], members: tuple[str, ...]) -> list[Edit]:
     touched = _of(edits, members)
     frozen = [edit for edit in touched if edit.follows_ties and edit.arithmetic is None]
     replaced = {edit.parameter for edit in touched if edit.arithmetic is None}
-    if len({edit.parameter for edit in frozen}) != 1:
-        return []
     return [
         replace(edit, parameter=name, counted=False)
         for name in members
         if name not in replaced
-        for edit in frozen
+        for edit in frozen[:1]
     ]
 
 
