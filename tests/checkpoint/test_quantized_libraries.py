@@ -5,6 +5,7 @@ the trained model that ships; the reference is what transformers loads from them
 """
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.base import read_base
 from merge_adapter.checkpoint.folder import Folder
-from merge_adapter.types import BaseModel, MergeSettings, QuantizedBase
+from merge_adapter.hub import Hub
+from merge_adapter.pipeline import Merged, MergeRequest, merge_to_folder
+from merge_adapter.resolve import SourceRequest, resolve
+from merge_adapter.types import BaseModel, MergeSettings, QuantizedBase, Silent, Strategy, Verdict
+from merge_adapter.verify import VerifySettings, verify
 from merge_adapter.verify.loading import Kind
 from merge_adapter.verify.quantized import dequantized_folder
 
@@ -253,3 +258,52 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     base = quantised(mxfp4_experts, tiny("gpt_oss", tmp_path / "made"), tmp_path / "quantised")
     made = assert_as_the_library(base, tmp_path / "plain")
     assert made["model.layers.0.mlp.experts.gate_up_proj"].shape == (3, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------- under the gate
+
+
+def judged_merge(base: Path, adapter: Path, output: Path, strategy: Strategy = Strategy.AUTO) -> Merged:
+    request = MergeRequest(
+        SourceRequest((str(adapter),), base_model=str(base)),
+        MergeSettings(strategy=strategy, quantized_base=QuantizedBase.DEQUANTIZE),
+        VerifySettings(probe_tokens=64, greedy_tokens=0, isolated=False),
+    )
+    return merge_to_folder(request, output, hub=Hub(endpoint="http://127.0.0.1:9"), progress=Silent())
+
+
+@pytest.mark.parametrize("form", ["llm.int8", "fp8 blocks", "int4 groups, zero points", "fp8 rows"])
+def test_the_gate_passes_the_merge(form: str, lm_base: Path, lm_adapter: Path, tmp_path: Path) -> None:
+    quantised(FORMATS[form], lm_base, tmp_path / "base")
+    merged = judged_merge(tmp_path / "base", lm_adapter, tmp_path / "merged")
+    assert merged.verification.verdict is Verdict.PASS, merged.verification.reasons
+
+
+def test_the_gate_passes_a_new_head_and_a_merge_in_memory(
+    lm_base: Path, classifier_adapter: Path, tmp_path: Path
+) -> None:
+    """Every way that a merge can take reads the same dequantised weights."""
+    quantised(FORMATS["nf4"], lm_base, tmp_path / "base")
+    merged = judged_merge(tmp_path / "base", classifier_adapter, tmp_path / "merged", Strategy.MEMORY)
+    assert merged.verification.verdict is Verdict.PASS, merged.verification.reasons
+
+
+def test_the_gate_catches_one_wrong_scale(lm_base: Path, lm_adapter: Path, tmp_path: Path) -> None:
+    """A block of 64 weights, dequantised twice as large."""
+    quantised(FORMATS["fp4"], lm_base, tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "tampered")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight.absmax"][5] ^= 0x80
+    save_file(tensors, tmp_path / "tampered" / "model.safetensors", {"format": "pt"})
+    merged = judged_merge(tmp_path / "tampered", lm_adapter, tmp_path / "merged")
+    assert merged.accepted
+    sources = resolve(
+        SourceRequest((str(lm_adapter),), base_model=str(tmp_path / "base")),
+        hub=Hub(endpoint="http://127.0.0.1:9"),
+        quantized_base=QuantizedBase.DEQUANTIZE,
+    )
+    verification = verify(
+        merged.folder, sources, settings=VerifySettings(outputs=False, isolated=False), progress=Silent()
+    )
+    assert verification.verdict is Verdict.FAIL
+    assert "model.layers.3.mlp.up_proj" in " ".join(verification.reasons)

@@ -10,7 +10,8 @@ by its config and by the tensors that lie there; a tensor of codes that no recip
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +29,7 @@ from merge_adapter.checkpoint.recipes import (
     Transposed,
     quant_state,
 )
-from merge_adapter.errors import BaseModelError
+from merge_adapter.errors import BaseModelError, MalformedError
 from merge_adapter.methods.change import TensorSpec, Weights
 from merge_adapter.types import BaseModel
 
@@ -44,6 +45,9 @@ _LEFTOVERS = frozenset(
     for part in ("scale", "zero_point", "global_scale", "scale_ub")
 ) | {"weight_format"}
 """Tensors beside a quantised weight that say how to run it, and nothing about its values."""
+_STATE = ".quant_state.bitsandbytes__"
+_SMALL, _READERS = 1 << 16, 8
+"""Bytes of a tensor that only describes another, and how many of them are read at a time."""
 _DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CODES = ("weight", "_packed", "_blocks", "_proj")
 """How the names of tensors of codes end."""
@@ -250,13 +254,16 @@ def _pair(block: Any) -> tuple[int, int] | None:
 def _bitsandbytes(base: BaseModel, stored: Layout) -> Iterator[tuple[str, Recipe]]:
     specs = stored.specs
     transposed = _CONV1D.get(str(base.config.get("model_type")), ())
+    states = {
+        name.partition(_STATE)[0]: name for name in specs if name.partition(_STATE)[2] in ("nf4", "fp4")
+    }
+    texts = _small(base, stored, states.values())
     for name, spec in specs.items():
         module = name.removesuffix(".weight")
-        states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
-        state = next((one for one in states if one in specs), None)
+        state = states.get(name)
         recipe: Recipe
         if state is not None:
-            recipe = _block4(base, stored, name, state)
+            recipe = _block4(stored, name, state, texts[state])
         elif spec.dtype == "I8" and f"{module}.SCB" in specs:
             recipe = Int8((name, f"{module}.SCB"), spec.shape)
         else:
@@ -264,8 +271,8 @@ def _bitsandbytes(base: BaseModel, stored: Layout) -> Iterator[tuple[str, Recipe
         yield name, Transposed(recipe) if module.rpartition(".")[2] in transposed else recipe
 
 
-def _block4(base: BaseModel, stored: Layout, name: str, state: str) -> Block4:
-    parsed = quant_state(_bytes(base, stored, state), name)
+def _block4(stored: Layout, name: str, state: str, text: bytes) -> Block4:
+    parsed = quant_state(text, name)
     nested = parsed.nested_blocksize is not None
     parts = ["", ".absmax", ".quant_map", *([".nested_absmax", ".nested_quant_map"] if nested else [])]
     uses = [f"{name}{part}" for part in parts]
@@ -284,16 +291,28 @@ def _block4(base: BaseModel, stored: Layout, name: str, state: str) -> Block4:
     return Block4((*uses, state), parsed)
 
 
-def _bytes(base: BaseModel, stored: Layout, name: str) -> bytes:
-    """The data of a small tensor."""
-    file = stored.home[name]
-    if file.pickled:
-        from merge_adapter.checkpoint.pickled import load_pickled  # imports torch
+def _small(base: BaseModel, stored: Layout, names: Iterable[str]) -> dict[str, bytes]:
+    """The data of small tensors. Several at a time: on the Hub each is a request of its own."""
+    places = {tensor.spec.name: tensor for file in stored.files for tensor in file.header.tensors}
 
-        tensor = load_pickled(base.repository.local(file.path), file.path)[name]
-        return bytes(tensor.contiguous().numpy().tobytes())
-    place = next(tensor for tensor in file.header.tensors if tensor.spec.name == name)
-    return base.repository.read(file.path, offset=place.offset, length=place.spec.nbytes)
+    def read(name: str) -> bytes:
+        file, place = stored.home[name], places[name]
+        if place.spec.nbytes > _SMALL:
+            raise MalformedError(
+                f"{name} of {file.path} has {place.spec.nbytes} bytes, expected {_SMALL} at most.",
+                hint="Download the base again.",
+            )
+        if file.pickled:
+            from merge_adapter.checkpoint.pickled import load_pickled  # imports torch
+
+            return (
+                load_pickled(base.repository.local(file.path), file.path)[name].contiguous().numpy().tobytes()
+            )
+        return base.repository.read(file.path, offset=place.offset, length=place.spec.nbytes)
+
+    names = tuple(names)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="state") as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 # --------------------------------------------------------------------------------------- compressed-tensors
@@ -302,6 +321,10 @@ def _bytes(base: BaseModel, stored: Layout, name: str) -> bytes:
 def _compressed(base: BaseModel, config: Mapping[str, Any], stored: Layout) -> Iterator[tuple[str, Recipe]]:
     specs = stored.specs
     yield from _scaled(specs, "_scale", ("F8_E4M3", "F8_E5M2", "I8"), _block_structure(config))
+    told = [name for name in specs if name.endswith(".weight_shape")]
+    shapes = _small(
+        base, stored, [name for name in told if specs[name].dtype == "I64" and specs[name].elements == 2]
+    )
     for name, spec in specs.items():
         if not name.endswith(".weight_packed"):
             continue
@@ -317,17 +340,19 @@ def _compressed(base: BaseModel, config: Mapping[str, Any], stored: Layout) -> I
             raise BaseModelError(
                 f"{name} is packed in the order of its activations, which is not undone here.", hint=_ORIGINAL
             )
-        yield weight, _packed(base, stored, spec, scale, bits)
+        yield weight, _packed(stored, spec, scale, bits, shapes)
 
 
-def _packed(base: BaseModel, stored: Layout, spec: TensorSpec, scale: TensorSpec, bits: int) -> Packed:
+def _packed(
+    stored: Layout, spec: TensorSpec, scale: TensorSpec, bits: int, shapes: Mapping[str, bytes]
+) -> Packed:
     weight = spec.name.removesuffix("_packed")
     shape = (spec.shape[0], spec.shape[1] * 32 // bits)
     uses = [spec.name, scale.name]
     if (told := f"{weight}_shape") in stored.specs:
         uses.append(told)
-        if stored.specs[told].dtype == "I64" and stored.specs[told].elements == 2:
-            rows, columns = struct.unpack("<2q", _bytes(base, stored, told))
+        if told in shapes:
+            rows, columns = struct.unpack("<2q", shapes[told])
             if rows == shape[0] and 0 <= shape[1] - columns < 32:  # the last word may not be full
                 shape = (rows, columns)
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
