@@ -20,8 +20,10 @@ from merge_adapter.types import Progress
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, undecided
 from merge_adapter.verify.lazy import lazy, widen
+from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Update
 from merge_adapter.verify.rounding import UNIT32, half_ulp
+from merge_adapter.verify.threads import workers
 
 VECTORS = 16
 """Random inputs per layer."""
@@ -61,22 +63,27 @@ def judge_layers(
     expected: Expectations, held: Mapping[str, Tensor], *, seed: int, allow_cast: bool, progress: Progress
 ) -> tuple[list[LayerEvidence], int]:
     """Every layer that PEFT adapted and that can be run alone, and the number of those that cannot."""
+    names = [
+        name for name in expected.layers if name in held and held[name].shape == expected.updates[name].shape
+    ]
+
+    def judge(name: str) -> LayerEvidence | None:
+        layer, update = expected.layers[name], expected.updates[name]
+        try:
+            return judge_layer(
+                name, layer, held[name], _bias(name, held), update, seed=seed, allow_cast=allow_cast
+            )
+        finally:
+            release(held[name])
+            release(update.base)
+
     found: list[LayerEvidence] = []
-    skipped = 0
-    with progress.task("Running layers", len(expected.layers), unit="layers") as task:
-        for name, layer in expected.layers.items():
-            weight = held.get(name)
-            update = expected.updates[name]
-            if weight is not None and weight.shape == update.shape:
-                judged = judge_layer(
-                    name, layer, weight, _bias(name, held), update, seed=seed, allow_cast=allow_cast
-                )
-                if judged is None:
-                    skipped += 1
-                else:
-                    found.append(judged)
+    with progress.task("Running layers", len(names), unit="layers") as task, workers() as pool:
+        for judged in pool.map(judge, names):
+            if judged is not None:
+                found.append(judged)
             task.advance(1)
-    return found, skipped
+    return found, len(names) - len(found)
 
 
 def _bias(name: str, held: Mapping[str, Tensor]) -> Tensor | None:

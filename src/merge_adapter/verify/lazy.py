@@ -2,20 +2,36 @@
 
 A `LazyFloat` says it is fp32 and holds something smaller: the stored 16-bit tensor, or an oracle's recipe. It becomes
 real when an operation reads it and is gone after. Whole-model fp32 copies are never made, and the bits are those of
-`.float()`.
+`.float()`. A linear layer's weight is never whole in fp32 either: it is made and multiplied some rows at a time, in a
+buffer that stays in cache, and its mapped pages are let go when many vectors have passed through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from merge_adapter.verify.mapped import release
+from merge_adapter.verify.scratch import own_scratch
+
 Content = Callable[[], Tensor]
 """Gives the fp32 content, anew at each call or the stored tensor itself."""
+
+PIECE = 1 << 19
+"""Elements of a linear layer's weight that are fp32 at a time: 2 MB."""
+
+MANY = 64
+"""Vectors in one pass from which on reading a weight again later costs little beside multiplying by it."""
+
+
+class Fill(Protocol):
+    """Writes rows [start, stop) of a matrix into `out`, fp32 and of that shape."""
+
+    def __call__(self, start: int, stop: int, out: Tensor) -> None: ...
 
 
 class LazyFloat(Tensor):
@@ -23,16 +39,23 @@ class LazyFloat(Tensor):
 
     _content: Content
     _stored: Tensor | None
+    _fill: Fill | None
 
     @staticmethod
     def __new__(
-        cls, content: Content, shape: torch.Size, device: torch.device, stored: Tensor | None = None
+        cls,
+        content: Content,
+        shape: torch.Size,
+        device: torch.device,
+        stored: Tensor | None = None,
+        fill: Fill | None = None,
     ) -> LazyFloat:
         made: LazyFloat = Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.float32, device=device, requires_grad=False
         )
         made._content = content
         made._stored = stored
+        made._fill = fill
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -53,6 +76,9 @@ class LazyFloat(Tensor):
                 # rows are picked before they are widened: a vocabulary is large, a batch is not
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(args[0], stored, *args[2:], **kwargs).float()
+        if func is nn.functional.linear and len(args) >= 2 and isinstance(args[1], LazyFloat):
+            with torch._C.DisableTorchFunctionSubclass():
+                return _linear(*args, **kwargs)
         # the inherited form would turn every result into a LazyFloat without content
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -63,7 +89,7 @@ class LazyFloat(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default and isinstance(args[0], LazyFloat):
             lazy = args[0]
-            return LazyFloat(lazy._content, lazy.shape, lazy.device, lazy._stored)
+            return LazyFloat(lazy._content, lazy.shape, lazy.device, lazy._stored, lazy._fill)
         return func(*tree_map(_real, args), **tree_map(_real, dict(kwargs or {})))
 
 
@@ -71,17 +97,57 @@ def _real(value: Any) -> Any:
     return value._content() if isinstance(value, LazyFloat) else value
 
 
+def _linear(vectors: Tensor, weight: LazyFloat, bias: Tensor | None = None) -> Tensor:
+    """`nn.functional.linear` with the weight made some rows at a time."""
+    linear = nn.functional.linear
+    rows, width = weight.shape
+    step = max(1, PIECE // max(1, width))
+    if weight._fill is None or weight.device.type != "cpu":
+        return linear(vectors, _real(weight), _real(bias))
+    bias = _real(bias)
+    scratch = own_scratch()
+    found = None
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        piece = scratch.floats("weight", torch.Size((stop - start, width)))
+        weight._fill(start, stop, piece)
+        made = linear(vectors, piece, None if bias is None else bias[start:stop])
+        if step >= rows:
+            found = made
+            break
+        if found is None:
+            found = made.new_empty((*made.shape[:-1], rows))
+        found[..., start:stop] = made
+    assert found is not None
+    if weight._stored is not None and vectors.numel() >= MANY * width:
+        release(weight._stored)
+    return found
+
+
 def lazy(stored: Tensor, device: torch.device) -> Tensor:
     """`stored` as fp32 on `device`: lazily when it is 16 bit, as it is otherwise."""
     if stored.dtype not in (torch.bfloat16, torch.float16):
         return stored if stored.device == device else stored.to(device)
     held = stored if stored.device == device else stored.to(device)
-    return LazyFloat(held.float, held.shape, device, held)
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        out.copy_(held[start:stop])
+
+    return LazyFloat(held.float, held.shape, device, held, fill if held.ndim == 2 else None)
 
 
-def lazy_content(content: Content, shape: torch.Size, device: torch.device) -> Tensor:
-    """An fp32 tensor of `shape` whose content `content()` makes on the CPU each time it is read."""
-    return LazyFloat(lambda: content().to(device), shape, device)
+def lazy_content(shape: torch.Size, device: torch.device, fill: Fill) -> Tensor:
+    """An fp32 tensor of `shape` whose rows, the tensor seen as a matrix, `fill` makes each time they are read."""
+
+    def content() -> Tensor:
+        made = torch.empty(shape, dtype=torch.float32)
+        rows = made.view(shape[0], -1) if len(shape) else made.view(1, 1)
+        step = max(1, PIECE // max(1, rows.shape[1]))
+        for start in range(0, rows.shape[0], step):
+            fill(start, min(start + step, rows.shape[0]), rows[start : start + step])
+        return made.to(device)
+
+    return LazyFloat(content, shape, device, fill=fill if len(shape) == 2 else None)
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, undecided
 from merge_adapter.verify.layers import judge_layer
-from merge_adapter.verify.oracle import Replaced, Update, as_matrix
+from merge_adapter.verify.oracle import Points, Replaced, Single, Update, as_matrix
+from merge_adapter.verify.scratch import Scratch
+from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, blocks, judge_update
 
 SAMPLED = 3
@@ -92,19 +94,19 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
     if not names:
         return []
     picked = [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED]
-    outcomes = []
-    for mutant in MUTANTS:
-        outcome = Outcome(f"{mutant.name}: {mutant.makes}")
-        for name in picked:
-            outcome.tried += 1
-            in_weights, in_modules = _caught(mutant, name, expected, storage, seed)
-            outcome.weights += in_weights
-            outcome.layers += in_modules is not None
-            outcome.modules += bool(in_modules)
-            if not in_weights:
-                outcome.missed.append(name)
-        outcomes.append(outcome)
-    return outcomes
+    pairs = [(mutant, name) for mutant in MUTANTS for name in picked]
+    with workers() as pool:
+        found = list(pool.map(lambda pair: _caught(*pair, expected, storage, seed), pairs))
+    outcomes = {mutant: Outcome(f"{mutant.name}: {mutant.makes}") for mutant in MUTANTS}
+    for (mutant, name), (in_weights, in_modules) in zip(pairs, found, strict=True):
+        outcome = outcomes[mutant]
+        outcome.tried += 1
+        outcome.weights += in_weights
+        outcome.layers += in_modules is not None
+        outcome.modules += bool(in_modules)
+        if not in_weights:
+            outcome.missed.append(name)
+    return list(outcomes.values())
 
 
 def _caught(
@@ -156,6 +158,12 @@ class _Head(Update):
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self._whole.cast_error(start, stop, dtype)
+
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
+        return self._whole.points(rows, columns, dtype)
+
+    def single(self, start: int, stop: int, scratch: Scratch) -> Single:
+        return self._whole.single(start, stop, scratch)
 
 
 def judge_mutants(outcomes: list[Outcome]) -> Iterator[Finding]:

@@ -10,7 +10,9 @@ on linear layers) the update has a closed form, written here from the papers:
 Every other method is judged against PEFT's own layer, merged on a copy of that one module in fp64, or in fp32
 where it refuses fp64.
 
-All updates work on row blocks: a tensor of any rank is seen as a matrix, its first dimension the rows.
+All updates work on row blocks: a tensor of any rank is seen as a matrix, its first dimension the rows. The truth is
+fp64. Because fp64 over every element is dear, an update can also say what fp32 makes of a block and how far that may
+lie from the truth (`single`), and what single elements are (`points`).
 """
 
 from __future__ import annotations
@@ -18,16 +20,50 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from merge_adapter.verify.rounding import UNIT32, half_ulp, unit
+from merge_adapter.verify.scratch import Scratch
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A view (rows, rest); a vector becomes (n, 1)."""
     return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+
+
+@dataclass(frozen=True)
+class Single:
+    """A row block in fp32, each (rows, rest); the tensors lie in the scratch they were made in."""
+
+    base: Tensor
+    delta: Tensor
+    """Target less base."""
+    target: Tensor
+    bound: float
+    """No element of `target` lies further than this from the exact value. Rigorous, not an estimate."""
+    largest: float
+    """Largest magnitude in `target`."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Chosen elements of an update, each field (n,) in fp64."""
+
+    base: Tensor
+    target: Tensor
+    product_error: Tensor
+    cast_error: Tensor
+
+
+def magnitude(block: Tensor) -> float:
+    """The largest absolute value; NaN when there is one."""
+    if not block.numel():
+        return 0.0
+    low, high = torch.aminmax(block)
+    return max(abs(float(low)), abs(float(high))) if low == low else math.nan
 
 
 class Update(ABC):
@@ -59,6 +95,21 @@ class Update(ABC):
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The named allowance: what more a merge may err that casts the update to 16 bit before it adds."""
 
+    @abstractmethod
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
+        """The elements at (rows, columns) of the matrix; the figures that the blocks give there."""
+
+    def single(self, start: int, stop: int, scratch: Scratch) -> Single:
+        """Rows [start, stop) in fp32 with a bound on their error. The next call with `scratch` overwrites them."""
+        shape = torch.Size(
+            (stop - start, math.prod(self.shape) // max(1, self.shape[0] if self.shape else 1))
+        )
+        base = scratch.floats("base", shape).copy_(as_matrix(self.base)[start:stop])
+        target = scratch.floats("target", shape).copy_(self.target_rows(start, stop, torch.float64))
+        delta = torch.sub(target, base, out=scratch.floats("delta", shape))
+        largest = magnitude(target)
+        return Single(base, delta, target, UNIT32 * largest, largest)
+
 
 @dataclass
 class LowRank(Update):
@@ -74,19 +125,59 @@ class LowRank(Update):
         return torch.addmm(self.base_rows(start, stop, dtype), left, right)
 
     def product_error(self, start: int, stop: int) -> Tensor:
-        # r products and r - 1 sums, one for the scale, each off by one unit of fp32; then the sum with W
-        rank = self.right.shape[0]
-        mass = self._mass(start, stop)
-        return (rank + 2) * UNIT32 * mass + UNIT32 * self.target_rows(start, stop, torch.float64).abs()
+        return self._product_error(
+            self._mass(start, stop), LowRank.target_rows(self, start, stop, torch.float64)
+        )
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        # a product rounded to 16 bit, scaled and rounded again; and both factors rounded to 16 bit before
         delta = self.left[start:stop].double() @ self.right.double()
-        factors = 2 * unit(dtype) * self._mass(start, stop)
-        return 2 * half_ulp(delta, dtype) + factors
+        return self._cast_error(self._mass(start, stop), delta, dtype)
+
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
+        mass, delta = self._products(rows, columns)
+        base = as_matrix(self.base)[rows, columns].double()
+        target = base + delta
+        return Points(base, target, self._product_error(mass, target), self._cast_error(mass, delta, dtype))
+
+    def single(self, start: int, stop: int, scratch: Scratch) -> Single:
+        left, right = self._narrow
+        shape = torch.Size((stop - start, right.shape[1]))
+        base = scratch.floats("base", shape).copy_(as_matrix(self.base)[start:stop])
+        delta = torch.mm(left[start:stop], right, out=scratch.floats("delta", shape))
+        target = torch.add(base, delta, out=scratch.floats("target", shape))
+        largest = magnitude(target)
+        # both factors are rounded to fp32, then `rank` products are summed in any order: gamma_(rank + 2) of Higham,
+        # Accuracy and Stability of Numerical Algorithms, 3.1; the mass of an element is at most the product of norms
+        steps = (right.shape[0] + 2) * UNIT32
+        rows, columns = self._norms
+        product = steps / (1 - steps) * float(rows[start:stop].max()) * columns
+        return Single(base, delta, target, product + UNIT32 * largest, largest)
+
+    def _product_error(self, mass: Tensor, target: Tensor) -> Tensor:
+        # r products and r - 1 sums, one for the scale, each off by one unit of fp32; then the sum with W
+        return (self.right.shape[0] + 2) * UNIT32 * mass + UNIT32 * target.abs()
+
+    def _cast_error(self, mass: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        # a product rounded to 16 bit, scaled and rounded again; and both factors rounded to 16 bit before
+        return 2 * half_ulp(delta, dtype) + 2 * unit(dtype) * mass
 
     def _mass(self, start: int, stop: int) -> Tensor:
         return self.left[start:stop].double().abs() @ self.right.double().abs()
+
+    def _products(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The mass and the update at chosen elements, (n,) each."""
+        products = self.left[rows].double() * self.right[:, columns].T.double()  # (n, r)
+        return products.abs().sum(1), products.sum(1)
+
+    @cached_property
+    def _narrow(self) -> tuple[Tensor, Tensor]:
+        """Both factors in fp32."""
+        return self.left.float(), self.right.float()
+
+    @cached_property
+    def _norms(self) -> tuple[Tensor, float]:
+        """The norm of each row of `left`, and the largest norm of a column of `right`."""
+        return self.left.double().norm(dim=1), float(self.right.double().norm(dim=0).max())
 
 
 @dataclass
@@ -118,16 +209,38 @@ class Dora(LowRank):
 
     def product_error(self, start: int, stop: int) -> Tensor:
         plain = LowRank.target_rows(self, start, stop, torch.float64)
-        factor = self._factor(start, stop, torch.float64).abs()
-        rank, inputs = self.right.shape[0], (self.right.shape[1] if self.by_row else self.left.shape[0])
-        own = (rank + 2) * UNIT32 * self._mass(start, stop) + UNIT32 * plain.abs()
-        # a norm over n terms errs like a random walk; the quotient and the product add two roundings
-        return factor * (own + (math.sqrt(inputs) + 3) * UNIT32 * plain.abs())
+        factor = self._factor(start, stop, torch.float64)
+        return self._normed_error(self._mass(start, stop), plain, factor)
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         # the sum, the norm, the quotient and the product, each rounded to 16 bit
         target = self.target_rows(start, stop, torch.float64)
         return 4 * half_ulp(target, dtype) + super().cast_error(start, stop, dtype)
+
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
+        mass, delta = self._products(rows, columns)
+        base = as_matrix(self.base)[rows, columns].double()
+        factor = self.factor[rows if self.by_row else columns]
+        target = (base + delta) * factor
+        cast = 4 * half_ulp(target, dtype) + self._cast_error(mass, delta, dtype)
+        return Points(base, target, self._normed_error(mass, base + delta, factor), cast)
+
+    def single(self, start: int, stop: int, scratch: Scratch) -> Single:
+        plain = super().single(start, stop, scratch)
+        factor = self._factor(start, stop, torch.float32)
+        scale = magnitude(factor)
+        target = plain.target.mul_(factor)
+        delta = torch.sub(target, plain.base, out=plain.delta)
+        largest = magnitude(target)
+        # the factor is rounded to fp32, and its product with the sum is
+        bound = (scale * plain.bound + 2 * UNIT32 * scale * plain.largest) * (1 + 4 * UNIT32)
+        return Single(plain.base, delta, target, bound, largest)
+
+    def _normed_error(self, mass: Tensor, plain: Tensor, factor: Tensor) -> Tensor:
+        inputs = self.right.shape[1] if self.by_row else self.left.shape[0]
+        own = self._product_error(mass, plain)
+        # a norm over n terms errs like a random walk; the quotient and the product add two roundings
+        return factor.abs() * (own + (math.sqrt(inputs) + 3) * UNIT32 * plain.abs())
 
 
 @dataclass
@@ -138,7 +251,7 @@ class Computed(Update):
     target: Tensor
     native: Tensor | None
     """The same merge done in the stored dtype; its distance from `target` is the named allowance."""
-    single: Tensor | None
+    single_merge: Tensor | None
     """The same merge done in fp32; its distance from `target` bounds the method's own fp32 arithmetic."""
     form: str = "PEFT's own layer"
 
@@ -147,19 +260,40 @@ class Computed(Update):
 
     def product_error(self, start: int, stop: int) -> Tensor:
         target = self.target_rows(start, stop, torch.float64)
-        error = 2 * UNIT32 * target.abs()
-        if self.single is not None:
-            # another order of the same fp32 operations errs about as much again
-            error = error + 4 * (as_matrix(self.single)[start:stop].double() - target).abs()
-            spread = (as_matrix(self.single).double() - as_matrix(self.target).double()).abs().mean()
-            error = error + 8 * spread
-        return error
+        single = None if self.single_merge is None else as_matrix(self.single_merge)[start:stop].double()
+        return self._product_error(target, single)
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - fixed by `native`
         target = self.target_rows(start, stop, torch.float64)
         if self.native is None:
             return torch.zeros_like(target)
         return (as_matrix(self.native)[start:stop].double() - target).abs()
+
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002
+        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, self.target))
+        single, native = (
+            None if each is None else as_matrix(each)[rows, columns].double()
+            for each in (self.single_merge, self.native)
+        )
+        cast = torch.zeros_like(target) if native is None else (native - target).abs()
+        return Points(base, target, self._product_error(target, single), cast)
+
+    def _product_error(self, target: Tensor, single: Tensor | None) -> Tensor:
+        error = 2 * UNIT32 * target.abs()
+        # another order of the same fp32 operations errs about as much again
+        return error if single is None else error + 4 * (single - target).abs() + 8 * self._spread
+
+    @cached_property
+    def _spread(self) -> float:
+        """The mean distance of the fp32 merge from the exact one over the whole tensor."""
+        assert self.single_merge is not None
+        left, right = as_matrix(self.single_merge), as_matrix(self.target)
+        step = max(1, (1 << 17) // max(1, left.shape[1]))
+        total = 0.0
+        for start in range(0, left.shape[0], step):
+            one, two = left[start : start + step].double(), right[start : start + step].double()
+            total += float((one - two).abs().sum())
+        return total / max(1, left.numel())
 
 
 @dataclass
@@ -178,3 +312,7 @@ class Replaced(Update):
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - nothing is added
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))
+
+    def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002 - nothing is added
+        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, self.value))
+        return Points(base, target, torch.zeros_like(target), torch.zeros_like(target))

@@ -29,9 +29,9 @@ from merge_adapter.types import Progress
 from merge_adapter.verify.answers import Batch, answer, distances, greedy
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, undecided
-from merge_adapter.verify.lazy import lazy_content, set_tensor, widen
+from merge_adapter.verify.lazy import Fill, lazy_content, set_tensor, widen
 from merge_adapter.verify.mutants import DROPPED, MUTANTS, Mutant, Outcome, faulty_rows
-from merge_adapter.verify.oracle import Replaced, Update, as_matrix
+from merge_adapter.verify.oracle import Replaced, Update
 from merge_adapter.verify.rounding import half_ulp, rounded
 from merge_adapter.verify.sentences import Tail
 from merge_adapter.verify.statistics import Measure, bounds, histogram, measure
@@ -113,24 +113,25 @@ def place_oracle(
 ) -> None:
     """Make `plain` the merged model that `expected` describes, each update put through `how`."""
     for name, update in expected.updates.items():
-        set_tensor(plain, name, lazy_content(_content(update, name, storage, how), update.shape, device))
+        set_tensor(plain, name, lazy_content(update.shape, device, _rows(update, name, storage, how)))
     # named one by one: tensors tied in the base part when the adapter changes only one of them
     for name, tensor in expected.plain.items():
         set_tensor(plain, name, tensor)
     widen(plain, device)
 
 
-def _content(update: Update, name: str, storage: torch.dtype, how: Rounding) -> Callable[[], Tensor]:
-    """Makes the merged tensor in fp32 from its row blocks, so that nothing of its size exists in fp64."""
+def _rows(update: Update, name: str, storage: torch.dtype, how: Rounding) -> Fill:
+    """Makes rows of the merged tensor block by block, so that nothing of its size exists in fp64."""
 
-    def make() -> Tensor:
-        made = torch.empty(update.shape, dtype=torch.float32)
-        rows = as_matrix(made)
-        for start, stop in blocks(update.shape):
-            rows[start:stop] = how(update, name, start, stop, storage).float()
-        return made
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        # always the same blocks, whichever rows are asked for: what is random in them must not depend on that
+        for first, last in blocks(update.shape):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                rows = how(update, name, first, last, storage)
+                out[low - start : high - start] = rows[low - first : high - first]
 
-    return make
+    return fill
 
 
 def once_rounded(update: Update, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG001

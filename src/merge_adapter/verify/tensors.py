@@ -14,8 +14,10 @@ from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, warning
+from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
+from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
 
 RETAINED = 0.9
@@ -64,9 +66,12 @@ def judge_tensors(
     lookup = _Lookup(expected)
     tensors: list[TensorEvidence] = []
     total = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-    with progress.task("Comparing weights", total) as task:
-        for name, tensor in held.items():
-            judged = _judge(name, tensor, expected, sources, lookup)
+
+    def judge(name: str, tensor: Tensor) -> TensorEvidence | Finding | None:
+        return _judge(name, tensor, expected, sources, lookup)
+
+    with progress.task("Comparing weights", total) as task, workers() as pool:
+        for tensor, judged in zip(held.values(), pool.map(judge, held, held.values()), strict=True):
             if isinstance(judged, Finding):
                 findings.append(judged)
             elif judged is not None:
@@ -96,15 +101,21 @@ def _judge(
         turned = tensor.ndim == 2 and tensor.shape == base.T.shape
         text = f"has shape {tuple(tensor.shape)}, expected {tuple(base.shape)}"
         return fault("weights", name, f"transposed: {text}" if turned else text)
-    if update is None:
-        evidence = judge_kept(name, tensor, base)
-    else:
-        evidence = judge_update(
-            name, tensor, update, kind="replaced" if isinstance(update, Replaced) else "update"
+    try:
+        if update is None:
+            evidence = judge_kept(name, tensor, base)
+        else:
+            evidence = judge_update(
+                name, tensor, update, kind="replaced" if isinstance(update, Replaced) else "update"
+            )
+        if evidence.agreement is not Agreement.WRONG:
+            return evidence
+        return explain(
+            evidence, tensor, update, base, clues(sources, name), lookup.alike(tuple(tensor.shape))
         )
-    if evidence.agreement is not Agreement.WRONG:
-        return evidence
-    return explain(evidence, tensor, update, base, clues(sources, name), lookup.alike(tuple(tensor.shape)))
+    finally:
+        release(tensor)
+        release(base)
 
 
 def clues(sources: Resolved, name: str) -> Clues:

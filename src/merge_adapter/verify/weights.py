@@ -1,8 +1,11 @@
 """Every tensor of the merged model against what it must be, row block by row block.
 
 The rule for one element: |M - T| <= half an ulp of T in the stored dtype + the error fp32 arithmetic may add, where T
-is the oracle's exact value. One further allowance has a name of its own, `update cast first`: what a merge may err
-that rounds the update to 16 bit before it adds, as PEFT itself can.
+is the oracle's exact value, in fp64. One further allowance has a name of its own, `update cast first`: what a merge may
+err that rounds the update to 16 bit before it adds, as PEFT itself can.
+
+16-bit tensors are screened in fp32 first (`screen`), which vouches for almost every element of a right merge; the rest
+are judged one by one in fp64, so that counts and verdicts are those of fp64 throughout.
 """
 
 from __future__ import annotations
@@ -14,12 +17,17 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from merge_adapter.verify.oracle import Update, as_matrix
+from merge_adapter.verify.oracle import Points, Update, as_matrix
 from merge_adapter.verify.rounding import half_ulp, rounded
+from merge_adapter.verify.scratch import own_scratch
+from merge_adapter.verify.screen import SCREENED, Products, inner_products, screen
 from merge_adapter.verify.storage import same_bytes
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements of one row block: half a MB in fp32, so that a block stays in the processor's cache."""
+
+POINTS = 1 << 12
+"""Elements judged one by one at a time: each takes a row and a column of the factors."""
 
 
 class Agreement(StrEnum):
@@ -52,7 +60,7 @@ class TensorEvidence:
     differing: int = 0
     """Elements that are not bit for bit the once-rounded oracle."""
     worst: float = 0.0
-    """Largest error, in units of that element's tolerance."""
+    """Largest error of an element that is not the once-rounded oracle, in units of its tolerance."""
     effect: float = 0.0
     """rho = |T - W| / |W|."""
     alpha: float | None = None
@@ -89,13 +97,19 @@ class _Sums:
     cast_first: int = 0
     differing: int = 0
     worst: float = 0.0
+    finite: bool = True
     ww: float = 0.0
     dd: float = 0.0
-    cd: float = 0.0
-    cc: float = 0.0
-    rd: float = 0.0
+    ed: float = 0.0
     ee: float = 0.0
-    finite: bool = True
+    moved: float = 0.0
+    """<M - O, D>, with O the once-rounded oracle."""
+
+    def add(self, products: Products) -> None:
+        self.ww += products.ww
+        self.dd += products.dd
+        self.ed += products.ed
+        self.ee += products.ee
 
 
 def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
@@ -122,14 +136,38 @@ def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
     )
 
 
-def judge_update(name: str, merged: Tensor, update: Update, *, kind: str = "update") -> TensorEvidence:
-    """A tensor the adapter changes, against `update`. Shapes are equal; the caller has checked."""
+def judge_update(
+    name: str, merged: Tensor, update: Update, *, kind: str = "update", screened: bool = True
+) -> TensorEvidence:
+    """A tensor the adapter changes, against `update`. Shapes are equal; the caller has checked.
+
+    `screened` False judges every element in fp64, to the same figures.
+    """
     sums = _Sums()
     matrix = as_matrix(merged)
+    suspects: list[Tensor] = []
     for start, stop in blocks(update.shape):
-        _judge_block(sums, matrix[start:stop], update, start, stop)
-    alpha = sums.cd / sums.dd if sums.dd > 0 else None
-    stray = max(0.0, sums.cc - (alpha or 0.0) ** 2 * sums.dd)
+        rows = matrix[start:stop]
+        found = None
+        if screened and rows.dtype in SCREENED:
+            scratch = own_scratch()
+            found = screen(rows, update.single(start, stop, scratch), scratch)
+        if found is None:
+            _judge_block(sums, rows, update, start, stop)
+        else:
+            sums.add(found.products)
+            suspects.append(found.suspects + start * matrix.shape[1])
+    if suspects:
+        _judge_points(sums, matrix, update, torch.cat(suspects))
+    return _evidence(name, kind, merged, sums, update.form)
+
+
+def _evidence(name: str, kind: str, merged: Tensor, sums: _Sums, form: str) -> TensorEvidence:
+    # M - W = D + E
+    along = sums.dd + sums.ed
+    change = max(0.0, sums.dd + 2 * sums.ed + sums.ee)
+    alpha = along / sums.dd if sums.dd > 0 else None
+    stray = max(0.0, change - (alpha or 0.0) ** 2 * sums.dd)
     agreement = Agreement.EXACT
     if sums.wrong or not sums.finite:
         agreement = Agreement.WRONG
@@ -150,65 +188,66 @@ def judge_update(name: str, merged: Tensor, update: Update, *, kind: str = "upda
         worst=sums.worst,
         effect=math.sqrt(sums.dd / sums.ww) if sums.ww > 0 else math.inf if sums.dd else 0.0,
         alpha=alpha,
-        retained=sums.rd / sums.dd if sums.dd > 0 else None,
+        retained=(along - sums.moved) / sums.dd if sums.dd > 0 else None,
         residual=math.sqrt(sums.ee / sums.dd) if sums.dd > 0 else 0.0,
-        stray=math.sqrt(stray / sums.cc) if sums.cc > 0 else 0.0,
+        stray=math.sqrt(stray / change) if change > 0 else 0.0,
         finite=sums.finite,
-        oracle=update.form,
+        oracle=form,
     )
 
 
 def _judge_block(sums: _Sums, merged: Tensor, update: Update, start: int, stop: int) -> None:
-    """Add one block. 16-bit tensors are first compared in fp32, whose product error their own rounding hides;
-    only blocks with a difference, and fp32 tensors, are judged in fp64."""
-    storage = merged.dtype
-    fast = storage in (torch.bfloat16, torch.float16)
-    work = torch.float32 if fast else torch.float64
-    base = update.base_rows(start, stop, work)
-    target = update.target_rows(start, stop, work)
-    once = rounded(target, storage)
-    if same_bytes(once, merged):
-        once = merged
-    else:
-        if fast:
-            target64 = update.target_rows(start, stop, torch.float64)
-            once = rounded(target64, storage)
-        else:
-            target64 = target
-        _count_errors(sums, merged, once, target64, update, start, stop)
-    change = merged.to(work) - base
+    """Add one whole block in fp64."""
+    base = update.base_rows(start, stop, torch.float64)
+    target = update.target_rows(start, stop, torch.float64)
+    once = rounded(target, merged.dtype)
     delta = target - base
-    kept = change if once is merged else once.to(work) - base
-    error = merged.to(work) - target
-    sums.ww += _dot(base, base)
-    sums.dd += _dot(delta, delta)
-    sums.cd += _dot(change, delta)
-    sums.cc += _dot(change, change)
-    sums.rd += _dot(kept, delta)
-    sums.ee += _dot(error, error)
+    error = merged.double() - target
+    sums.add(inner_products(base, delta, error))
+    if same_bytes(once, merged) and bool(torch.isfinite(once).all()):
+        return
+    tolerance = half_ulp(target, merged.dtype) + update.product_error(start, stop)
+    beyond = _count_errors(sums, merged, once, target, tolerance, delta)
+    if bool(beyond.any()):
+        _count_beyond(sums, beyond, error, tolerance + update.cast_error(start, stop, merged.dtype))
+
+
+def _judge_points(sums: _Sums, merged: Tensor, update: Update, positions: Tensor) -> None:
+    """Add the counts of single elements of the matrix `merged`, at flat `positions`, in fp64."""
+    for first in range(0, positions.numel(), POINTS):
+        chosen = positions[first : first + POINTS]
+        rows, columns = chosen // merged.shape[1], chosen % merged.shape[1]
+        points: Points = update.points(rows, columns, merged.dtype)
+        held = merged[rows, columns]
+        once = rounded(points.target, merged.dtype)
+        tolerance = half_ulp(points.target, merged.dtype) + points.product_error
+        beyond = _count_errors(sums, held, once, points.target, tolerance, points.target - points.base)
+        if bool(beyond.any()):
+            _count_beyond(sums, beyond, held.double() - points.target, tolerance + points.cast_error)
 
 
 def _count_errors(
-    sums: _Sums, merged: Tensor, once: Tensor, target: Tensor, update: Update, start: int, stop: int
-) -> None:
-    finite = torch.isfinite(merged)
-    if not bool(finite.all()):
+    sums: _Sums, merged: Tensor, once: Tensor, target: Tensor, tolerance: Tensor, delta: Tensor
+) -> Tensor:
+    """Count differing and non-finite elements; returns which lie beyond their tolerance."""
+    if bool((~torch.isfinite(merged) & torch.isfinite(target)).any()):
         sums.finite = False
-    sums.differing += int((merged != once).sum())
+    differing = merged != once
+    sums.differing += int(differing.sum())
+    # what is not finite in the oracle itself has no distance to anything
+    same = (merged == target) | (merged.isnan() & target.isnan())
     error = (merged.double() - target).abs()
-    tolerance = half_ulp(target, merged.dtype) + update.product_error(start, stop)
-    beyond = ~(error <= tolerance)  # a NaN is beyond
-    if bool(beyond.any()):
-        allowed = tolerance + update.cast_error(start, stop, merged.dtype)
-        wrong = beyond & ~(error <= allowed)
-        sums.wrong += int(wrong.sum())
-        sums.cast_first += int((beyond & ~wrong).sum())
-    worst = float((error / tolerance).nan_to_num(nan=math.inf).max())
-    sums.worst = max(sums.worst, worst)
+    moved = ((merged.double() - once.double()) * delta)[differing]
+    sums.moved += float(moved.sum())
+    ratio = (error / tolerance)[differing & ~same].nan_to_num(nan=math.inf)
+    sums.worst = max(sums.worst, float(ratio.max()) if ratio.numel() else 0.0)
+    return ~((error <= tolerance) | same)
 
 
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float(torch.dot(left.flatten(), right.flatten()))
+def _count_beyond(sums: _Sums, beyond: Tensor, error: Tensor, allowed: Tensor) -> None:
+    wrong = beyond & ~(error.abs() <= allowed)
+    sums.wrong += int(wrong.sum())
+    sums.cast_first += int((beyond & ~wrong).sum())
 
 
 def _spelled(dtype: torch.dtype) -> str:
