@@ -200,6 +200,48 @@ def test_rows_that_the_base_left_free_are_used(
     assert json.loads((merged.folder / "config.json").read_text())["vocab_size"] == 2064
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 128,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+OTHERS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 2048},
+    "qwen2": {**SMALL, "tie_word_embeddings": False},
+    "phi": SMALL,
+    "gemma": SMALL,
+}
+"""Learned positions and a base-model prefix; an untied head; a head with a bias; an embedding with a factor."""
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_architectures_pass_too(model_type: str, lm_base: Path, tmp_path: Path) -> None:
+    """The same tokens in front, whatever holds and reads them."""
+    import peft
+    import transformers
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with quietly():
+        torch.manual_seed(1)
+        config = transformers.CONFIG_MAPPING[model_type](**OTHERS[model_type])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.to(torch.bfloat16).save_pretrained(base)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(lm_base / name, base)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = peft.get_peft_model(
+            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(adapter)
+    merged = _fold(adapter, base, tmp_path / "merged")
+    assert merged.verification.verdict is Verdict.PASS, merged.verification.reasons
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 def test_the_mean_of_all_rows_is_never_chosen(scale: float) -> None:
     """For any hidden state: below the largest logit, and at most 1 / vocabulary of the others' probability."""

@@ -256,7 +256,9 @@ class NewRows(ModuleArithmetic):
             block = base.read_rows(self.source, start, min(start + _ROWS, spec.shape[0]))
             table[start : start + len(block)] = block
             total += block[: max(0, first - start)].double().sum(0)
-        new = adapter.read(self.prompt).double() / self.scale if self.prompt else total / first
+        # a model in 16 bit rounds its factor too
+        scale = torch.tensor(self.scale, dtype=table.dtype).item()
+        new = adapter.read(self.prompt).double() / scale if self.prompt else total / first
         table[first : self.ids[-1] + 1] = new
         yield self.name, table
 

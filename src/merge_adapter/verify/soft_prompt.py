@@ -199,7 +199,8 @@ class SoftPromptGate:
                 theirs[name], ours[name].to(theirs[name].dtype)
             ):
                 findings.append(fault("weights", name, "differs from the base"))
-        if not _holds(theirs[table][list(front)], prompt):
+        rows = theirs[table][list(front)]
+        if not _holds(rows, prompt, measured_scale(base.get_input_embeddings())):
             findings.append(fault("weights", table, "its new rows are not the prompt rounded once"))
         if not _are_means(theirs[head], front):
             text = (
@@ -304,7 +305,10 @@ class SoftPromptGate:
             base_written = (
                 greedy(plain, begun, self.settings.greedy_tokens, self.device)[0] if begun else None
             )
-            theirs.weight.data = prompt.to(storage).float().to(self.device)
+            scale = measured_scale(base.get_input_embeddings())
+            theirs.weight.data = (
+                ((prompt.double() / scale).to(storage).double() * scale).float().to(self.device)
+            )
             oracle = self._ask(reading, probes.batch)
         told = (begun, *written) if begun is not None and written is not None else None
         return Arms(reference, alone, oracle, None, told, base_written)
@@ -414,8 +418,25 @@ def _same(rows: Tensor, base: Tensor, numbers: list[int]) -> bool:
     return len(kept) == len(rows) and same_bytes(rows.contiguous(), base[kept].to(rows.dtype).contiguous())
 
 
-def _holds(rows: Tensor, prompt: Tensor) -> bool:
-    return rows.shape == prompt.shape and same_bytes(rows.contiguous(), prompt.to(rows.dtype).contiguous())
+def measured_scale(table: Any) -> float:
+    """What an embedding makes of its rows: 1 for a plain one, more for Gemma's, asked of the module itself."""
+    row = int(table.weight.detach().float().norm(dim=1).argmax())
+    with torch.no_grad():
+        stored = table.weight[row].detach().double()
+        given = table(torch.tensor([row], device=table.weight.device))[0].double()
+    return float((given @ stored) / (stored @ stored))
+
+
+def _holds(rows: Tensor, prompt: Tensor, scale: float = 1.0) -> bool:
+    """Whether `rows` are the prompt, divided by the embedding's own factor, rounded once."""
+    if rows.shape != prompt.shape:
+        return False
+    if scale == 1:
+        return same_bytes(rows.contiguous(), prompt.to(rows.dtype).contiguous())
+    # the factor is itself rounded when a model computes in 16 bit
+    wanted = prompt.double() / scale
+    slack = 1.01 * half_ulp(wanted, rows.dtype) + 2 * half_ulp(torch.ones(1), rows.dtype) * wanted.abs()
+    return bool(((rows.double() - wanted).abs() <= slack).all())
 
 
 def _are_means(head: Tensor, front: tuple[int, ...]) -> bool:
