@@ -163,7 +163,11 @@ StrategyOption = Annotated[
 ]
 QuantizedBaseOption = Annotated[
     QuantizedBase,
-    typer.Option(help="What to merge into when the base is stored quantised.", rich_help_panel=_MERGE),
+    typer.Option(
+        help="What to merge into when the base is stored quantised: its dequantised weights, or the 16-bit "
+        "original that its card names.",
+        rich_help_panel=_MERGE,
+    ),
 ]
 SoftPromptOption = Annotated[
     SoftPrompt,
