@@ -312,6 +312,12 @@ class NameMap(Protocol):
         """Those of `tied` that share its storage even when config.json says that embeddings are not tied."""
         ...
 
+    def declared_ties(self, parameter: str) -> tuple[str, ...]:
+        """`tied`, and those that config.json ties but the checkpoint holds apart, with values of their own.
+
+        PEFT goes by the config alone where it trains single tokens."""
+        ...
+
     def disk_name(self, parameter: str) -> str:
         """The name under which a parameter that the checkpoint lacks is to be stored so that it loads.
 

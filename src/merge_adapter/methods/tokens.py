@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from merge_adapter.errors import AccountingError, MalformedError, ShapeError
 from merge_adapter.methods.change import Context, Kind, TensorSpec
@@ -30,7 +31,21 @@ def token_edits(
     context: Context, deltas: Mapping[str, TensorSpec], replaced: Mapping[str, tuple[int, ...]]
 ) -> list[Edit]:
     """The edits of trained tokens. `replaced`: parameter -> shape of the adapter's tensor that it becomes first."""
-    return [_edit(context, module, spec, replaced.get(f"{module}.weight")) for module, spec in deltas.items()]
+    edits = [
+        _edit(context, module, spec, replaced.get(f"{module}.weight")) for module, spec in deltas.items()
+    ]
+    return [*edits, *_declared(context, edits)]
+
+
+def _declared(context: Context, edits: Sequence[Edit]) -> Iterator[Edit]:
+    """The same rows of parameters that only config.json ties to a trained one: PEFT sets them too."""
+    done = {edit.parameter for edit in edits}
+    for edit in edits:
+        tied = {edit.parameter, *context.names.tied(edit.parameter)}
+        for other in context.names.declared_ties(edit.parameter):
+            if not done & {other, *context.names.tied(other)} and other not in tied:
+                done.add(other)
+                yield replace(edit, parameter=other, counted=False)
 
 
 def _edit(context: Context, module: str, spec: TensorSpec, resized: tuple[int, ...] | None) -> Edit:

@@ -71,6 +71,7 @@ def general_names(
     """The map through transformers' loading rules; imports transformers and builds a meta model."""
     from merge_adapter.names.architecture import Architecture, build
     from merge_adapter.names.conversion import converted_names
+    from merge_adapter.names.stored_ties import without_stored_apart
 
     if (custom := _needs_code(base.config)) and not trust_remote_code:
         raise PolicyError(
@@ -88,7 +89,7 @@ def general_names(
         config_changes=_head_changes(adapter_config, adapter),
     )
     if isinstance(made, Architecture):
-        return converted_names(made.model, tensors)
+        return without_stored_apart(converted_names(made.model, tensors), base.repository)
     return NoNames(made.reason, made.absent)
 
 

@@ -108,6 +108,13 @@ class ConvertedNames:
             warnings.simplefilter("ignore")  # constructors warn about choices that only matter for running
             return _shared(type(self.model)._from_config(config, dtype=torch.float32))
 
+    def declared_ties(self, parameter: str) -> tuple[str, ...]:
+        return self._declared.get(parameter, ())
+
+    @cached_property
+    def _declared(self) -> Mapping[str, tuple[str, ...]]:
+        return _shared(self.model)
+
     def disk_name(self, parameter: str) -> str:
         """Where its module has tensors on disk, beside them; otherwise as transformers would save it."""
         module, _, leaf = parameter.rpartition(".")

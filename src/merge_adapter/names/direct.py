@@ -47,6 +47,9 @@ class DirectNames:
     def tied_for_good(self, parameter: str) -> tuple[str, ...]:  # noqa: ARG002
         return ()
 
+    def declared_ties(self, parameter: str) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
     def disk_name(self, parameter: str) -> str:
         return parameter
 

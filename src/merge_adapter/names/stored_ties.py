@@ -1,0 +1,71 @@
+"""Ties that the checkpoint itself undoes: both parameters on disk, with different values.
+
+transformers ties what the config says is tied, unless the checkpoint holds both tensors and they differ; flan-t5 and
+umt5 are stored so. What is compared here is a sample: two tensors that were trained apart differ everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from merge_adapter.checkpoint.layout import Layout, WeightFile, find_layout
+from merge_adapter.names.conversion import ConvertedNames
+from merge_adapter.types import Repository
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 10
+
+
+def without_stored_apart(names: ConvertedNames, repository: Repository) -> ConvertedNames:
+    """The same map, with parameters that are on disk under values of their own tied to nothing."""
+    sources = getattr(names.model, "all_tied_weights_keys", {})
+    pairs = {
+        target: (names.renamed[target], names.renamed[source])
+        for target, source in sources.items()
+        if target in names.renamed and source in names.renamed and target in names.shared
+    }
+    if not pairs:
+        return names
+    layout = find_layout(repository)
+    apart = {target for target, (one, other) in pairs.items() if _differ(repository, layout, one, other)}
+    shared = {
+        name: tuple(other for other in others if other not in apart)
+        for name, others in names.shared.items()
+        if name not in apart
+    }
+    return replace(names, shared={name: others for name, others in shared.items() if others})
+
+
+def _differ(repository: Repository, layout: Layout, one: str, other: str) -> bool:
+    left, right = layout.specs[one], layout.specs[other]
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return True
+    files = layout.home[one], layout.home[other]
+    if any(file.pickled for file in files):
+        return _pickled_differ(repository, layout, one, other)
+    starts = [_offset(file, name) for file, name in zip(files, (one, other), strict=True)]
+    step = max(left.nbytes // _SAMPLES, 1)
+    for begin in range(0, left.nbytes, step):
+        length = min(_SAMPLE_BYTES, step, left.nbytes - begin)
+        parts = [
+            repository.read(file.path, offset=start + begin, length=length)
+            for file, start in zip(files, starts, strict=True)
+        ]
+        if parts[0] != parts[1]:
+            return True
+    return False
+
+
+def _pickled_differ(repository: Repository, layout: Layout, one: str, other: str) -> bool:
+    import torch
+
+    from merge_adapter.checkpoint.reader import StoredWeights
+
+    with StoredWeights(repository, layout) as weights:
+        return not torch.equal(weights.read(one), weights.read(other))
+
+
+def _offset(file: WeightFile, name: str) -> int:
+    offsets: Mapping[str, int] = {stored.spec.name: stored.offset for stored in file.header.tensors}
+    return offsets[name]
