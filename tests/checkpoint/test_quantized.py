@@ -32,6 +32,8 @@ from merge_adapter.types import (
     Resolved,
     Silent,
 )
+from merge_adapter.verify.loading import Kind
+from merge_adapter.verify.quantized import dequantized_folder
 
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -129,6 +131,7 @@ FORMATS = {
     "compressed floats": Format(
         {"quant_method": "compressed-tensors", "format": "float-quantized"}, float_rows
     ),
+    "fbgemm rows": Format({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, float_rows),
     "4 bit": Format(BNB4, bits4),
 }
 
@@ -227,6 +230,17 @@ def test_the_merge_is_that_of_the_plain_weights(label: str, llama: Source, tmp_p
     assert plan.config_changes["quantization_config"] is None
     assert {shard.origin for shard in plan.outputs} == {FileOrigin.MERGED}
     assert any("dequantised" in note and "BF16" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("label", ["fp8, blocks that do not divide", "fbgemm rows"])
+def test_the_gate_reads_by_definition_what_no_library_does(label: str, llama: Source, tmp_path: Path) -> None:
+    base, plain = quantised(llama, tmp_path, FORMATS[label])
+    (tmp_path / "place").mkdir()
+    folder = dequantized_folder(base, tmp_path / "place", Kind.CAUSAL, trust_remote_code=False)
+    found, expected = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
+    found = {name: value for name, value in found.items() if not name.endswith("k_scale")}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])

@@ -213,7 +213,7 @@ METHODS = (
     "eetq",
     "quanto",
     "spqr",
-    "fbgemm_fp8",
+    "auto-round",
     "of_tomorrow",
     "no\nname",
     None,

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
-_DEQUANTIZED = ("bitsandbytes", "fp8", "finegrained_fp8", "mxfp8", "compressed-tensors", "mxfp4")
+_DEQUANTIZED = (
+    "bitsandbytes",
+    "fp8",
+    "finegrained_fp8",
+    "mxfp8",
+    "fbgemm_fp8",
+    "compressed-tensors",
+    "mxfp4",
+)
 _COMPRESSED_FORMATS = (
     "pack-quantized",
     "int-quantized",
@@ -21,7 +29,6 @@ _WHY: Mapping[str, str] = {
     "awq": "AWQ packs and reorders weights by the rules of its kernels, which do not run here",
     "auto-round": "AutoRound packs weights by the rules of its kernels, which do not run here",
     "aqlm": "AQLM stores sums of codebook entries, which its kernels alone read",
-    "fbgemm_fp8": "FBGEMM's FP8 is read by its kernels on a GPU alone, so that nothing could be verified",
 }
 
 

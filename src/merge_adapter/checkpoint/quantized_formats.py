@@ -46,8 +46,8 @@ def recipes_of(base: BaseModel, config: Mapping[str, Any], stored: Layout) -> di
         return dict(_compressed(base, config, stored))
     if method == "mxfp4":
         return dict(_mx4(stored.specs))
-    floats = ("F8_E4M3", "F8_E5M2")
-    return dict(_scaled(stored.specs, "_scale_inv", floats, config.get("weight_block_size")))
+    suffix = "_scale" if method == "fbgemm_fp8" else "_scale_inv"
+    return dict(_scaled(stored.specs, suffix, ("F8_E4M3", "F8_E5M2"), config.get("weight_block_size")))
 
 
 # --------------------------------------------------------------------- FP8, and floats and integers with scales

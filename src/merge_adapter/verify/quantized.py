@@ -1,8 +1,9 @@
 """A base stored quantised, as the library of its format dequantises it.
 
 transformers loads the base and has bitsandbytes, compressed-tensors or its own code turn it into 16 bit; the result
-is saved once, and the gate goes on with it as with any base. Nothing is shared with the code that dequantises while
-merging, so that an error there is a difference here.
+is saved once, and the gate goes on with it as with any base. FP8 that no library reads on a CPU (FBGEMM's, and blocks
+that do not divide their weights) is dequantised here by the format's definition. Nothing is shared with the code
+that dequantises while merging, so that an error there is a difference here.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from merge_adapter.errors import BaseModelError, InputError
+from merge_adapter.verify.files import local_layout
 from merge_adapter.verify.loading import AUTO_CLASS, Kind, recorded
+from merge_adapter.verify.storage import Checkpoint
 
 _KEY = "quantization_config"
 _PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 """Method -> the module it needs. FP8 and MXFP4 are dequantised by transformers itself."""
+_LEFT_OUT = ("input_scale_ub", "input_scale", "activation_scale")
+"""Tensors that only say how to run a quantised weight."""
 
 
 def stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -53,12 +59,12 @@ def dequantized_folder(base: Path, place: Path, kind: Kind, *, trust_remote_code
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     try:
-        with recorded(), torch.no_grad():
-            model = _loaded(base, config, kind, trust_remote_code=trust_remote_code)
-            # what it was converted with on the way in would quantise it again on the way out
-            model._weight_conversions = None
-            model.save_pretrained(place)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
+        suffix = _by_definition(base, config)
+        if suffix:
+            write_scaled(base, place, suffix, config)
+        else:
+            _write_loaded(base, place, config, kind, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, ImportError) as error:
         raise BaseModelError(
             f"transformers cannot dequantise the base, so that nothing could be compared with it: {error}",
             hint="Name the 16-bit original with --base-model, or merge into it with --quantized-base original.",
@@ -72,6 +78,16 @@ def dequantized_folder(base: Path, place: Path, kind: Kind, *, trust_remote_code
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(code, target)
     return place
+
+
+def _write_loaded(
+    base: Path, place: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_code: bool
+) -> None:
+    with recorded(), torch.no_grad():
+        model = _loaded(base, config, kind, trust_remote_code=trust_remote_code)
+        # what it was converted with on the way in would quantise it again on the way out
+        model._weight_conversions = None
+        model.save_pretrained(place)
 
 
 def _loaded(base: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_code: bool) -> Any:
@@ -119,3 +135,60 @@ def _method(quantization: Mapping[str, Any]) -> str:
     if stated_method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
         return "bitsandbytes"
     return str(stated_method)
+
+
+# ------------------------------------------------------------------------------------ FP8 by its definition
+
+
+def _by_definition(base: Path, config: Mapping[str, Any]) -> str:
+    """How the names of scales end in a checkpoint that transformers cannot dequantise; "" when it can."""
+    quantization = stated(config) or {}
+    method = _method(quantization)
+    if method == "fbgemm_fp8":
+        return "_scale"
+    if method not in ("fp8", "mxfp8"):
+        return ""
+    tall, wide = quantization.get("weight_block_size") or (1, 1)
+    with Checkpoint(base, local_layout(base).files) as held:
+        for name, tensor in held.tensors.items():
+            if f"{name}_scale_inv" in held and (tensor.shape[-2] % tall or tensor.shape[-1] % wide):
+                return "_scale_inv"
+    return ""
+
+
+def write_scaled(base: Path, place: Path, suffix: str, config: Mapping[str, Any]) -> None:
+    """Write `weight * scale` for every weight with scales beside it, file by file, in the dtype of the config."""
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    block = (stated(config) or {}).get("weight_block_size")
+    files = local_layout(base)
+    weight_map: dict[str, str] = {}
+    total = 0
+    with Checkpoint(base, files.files) as held:
+        for file in files.files:
+            tensors = {}
+            for name in (name for name, tensor in held.tensors.items() if tensor.file == file):
+                if name.endswith(_LEFT_OUT) or (name.endswith(suffix) and name.removesuffix(suffix) in held):
+                    continue
+                tensors[name] = held[name]
+                if (scale := f"{name}{suffix}") in held:
+                    tensors[name] = _product(tensors[name], held[scale], block).to(dtype)
+            target = file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            save_file(tensors, place / target, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, target)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if files.index is not None:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _product(weight: Tensor, scale: Tensor, block: Any) -> Tensor:
+    """Each element times the scale of its block, fp32. Without a stated block the grid divides the weight evenly."""
+    factors = scale.float() if scale.dtype is not torch.uint8 else torch.exp2(scale.double() - 127).float()
+    if factors.numel() == 1:
+        return weight.float() * factors.reshape(())
+    rows, columns = weight.shape[-2:]
+    if factors.ndim < 2:
+        factors = factors[:, None]
+    tall, wide = block or (rows // factors.shape[-2], columns // factors.shape[-1])
+    factors = factors.index_select(-2, torch.arange(rows) // tall)
+    return weight.float() * factors.index_select(-1, torch.arange(columns) // wide)
