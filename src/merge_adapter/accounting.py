@@ -55,7 +55,7 @@ def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None
                 )
             for spec in change.writes:
                 before = owner.setdefault(spec.name, (number, change))
-                if before[0] != number and not (_is_sum(change) and _is_sum(before[1])):
+                if before[0] != number and not _add_up(change, before[1]):
                     raise MethodError(
                         f"{spec.name} is changed by two adapters, and not only by adding: the result would depend on"
                         " their order.",
@@ -64,7 +64,16 @@ def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None
 
 
 def _is_sum(change: Change) -> bool:
-    return isinstance(change, RowChange) and change.kind is Kind.ADDITIVE
+    return isinstance(change, RowChange | ModuleChange) and change.kind is Kind.ADDITIVE
+
+
+def _add_up(left: Change, right: Change) -> bool:
+    """Whether both are sums, of rows or of the same tensors of the base as a whole."""
+    if not (_is_sum(left) and _is_sum(right)):
+        return False
+    if isinstance(left, RowChange) and isinstance(right, RowChange):
+        return True
+    return left.writes == right.writes and {spec.name for spec in left.writes} <= set(left.reads)
 
 
 def _check_writers(changes: tuple[Change, ...]) -> None:

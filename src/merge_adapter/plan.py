@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_adapter.accounting import account, check_together
@@ -13,10 +13,11 @@ from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_
 from merge_adapter.errors import AccountingError, UnmergeableError
 from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
-from merge_adapter.methods.change import Change, Kind, Planned, TensorSpec
+from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
 from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
+from merge_adapter.methods.sums import SumOfModules
 from merge_adapter.types import CombinationType, MergeSettings, Resolved, Strategy
 
 _STREAMED = "every change can be made tensor by tensor from the files"
@@ -110,7 +111,9 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         notes.extend((*file.notes, *about_config, *made.notes))
         config_changes.update(made.config_changes)
     check_together([(file.adapter, made.changes) for file, made in zip(files, planned, strict=True)])
-    steps = tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
+    steps = _joined(
+        tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
+    )
     dropped = {name for made in planned for name in made.dropped}
     kept = {name: spec for name, spec in base.items() if name not in dropped}
     written = {spec.name: spec for step in steps for spec in step.change.writes}
@@ -132,7 +135,8 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         bytes_read=layout.bytes + sum(file.bytes for file in files),
         bytes_written=total,
         bytes_changed=sum(final[name].nbytes for name in written),
-        memory_bytes=_memory(steps),
+        memory_bytes=_memory(steps)
+        + max((file.memory_bytes for file in files if isinstance(file, CombinedFile)), default=0),
         disk_bytes=total,
         index=INDEX if layout.index else None,
         index_metadata=layout.index_metadata,
@@ -192,6 +196,27 @@ def _plan_whole(
     made = plan_adapter(sources, settings, file.adapter, file.specs, base)
     account(file.specs, made.changes)
     return made
+
+
+def _joined(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps with module changes of the same tensors by several adapters made one; that all are sums is checked."""
+    together: dict[tuple[TensorSpec, ...] | int, list[Step]] = {}
+    for number, step in enumerate(steps):
+        module = isinstance(step.change, ModuleChange) and step.change.kind is Kind.ADDITIVE
+        together.setdefault(step.change.writes if module else number, []).append(step)
+    return tuple(_sum_of(group) if len(group) > 1 else group[0] for group in together.values())
+
+
+def _sum_of(group: list[Step]) -> Step:
+    changes = [step.change for step in group if isinstance(step.change, ModuleChange)]
+    parts = tuple((change.arithmetic, step.adapter) for change, step in zip(changes, group, strict=True))
+    whole = replace(
+        changes[0],
+        consumes=tuple(name for change in changes for name in change.consumes),
+        memory_bytes=sum(change.memory_bytes for change in changes),
+        arithmetic=SumOfModules(parts),
+    )
+    return Step(whole, group[0].adapter)
 
 
 def _memory(steps: tuple[Step, ...]) -> int:

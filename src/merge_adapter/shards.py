@@ -20,6 +20,7 @@ from merge_adapter.checkpoint.writer import ShardWriter, copy_file
 from merge_adapter.methods.blocks import block_rows
 from merge_adapter.methods.change import Kind, ModuleChange, Replacement, RowChange, TensorSpec, Weights
 from merge_adapter.methods.rows import Retained, RowRun, Scratch, as_rows, kept_and_asked
+from merge_adapter.methods.sums import SumOfModules
 from merge_adapter.plan import MergePlan, Step
 from merge_adapter.types import FileOrigin, OutputFile, Repository, Task
 from merge_adapter.workers import Job, Queues, Stop
@@ -272,7 +273,13 @@ class Work:
         change = step.change
         assert isinstance(change, ModuleChange)
         expected = {spec.name for spec in change.writes}
-        for name, tensor in change.arithmetic.run(self._base, self._adapters[step.adapter]):
+        arithmetic = change.arithmetic
+        made = (
+            arithmetic.run_together(self._base, self._adapters)
+            if isinstance(arithmetic, SumOfModules)
+            else arithmetic.run(self._base, self._adapters[step.adapter])
+        )
+        for name, tensor in made:
             self.stop.check()
             expected.remove(name)
             self._write_whole(name, tensor, added=change.kind is Kind.ADD)

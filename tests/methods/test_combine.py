@@ -150,9 +150,12 @@ def several(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[..., Pat
     made: dict[str, Several] = {}
 
     def make(
-        *configs: Mapping[str, Any], model_type: str = "llama", dtype: torch.dtype = torch.float32
+        *configs: Mapping[str, Any],
+        model_type: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        method: str = "LoraConfig",
     ) -> Several:
-        key = f"{configs} {model_type} {dtype}"
+        key = f"{configs} {model_type} {dtype} {method}"
         if key in made:
             return made[key]
         base = base_of(model_type, dtype)
@@ -162,7 +165,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[..., Pat
             with quietly():
                 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
                 torch.manual_seed(number)
-                model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+                model = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", **config))
                 with torch.no_grad():
                     for parameter in model.parameters():
                         if parameter.requires_grad:
@@ -263,6 +266,38 @@ def test_ranks_may_differ_where_updates_are_added(several: Callable[..., Several
         torch.testing.assert_close(whole[key], value, rtol=1e-5, atol=2e-6)
     with pytest.raises(MethodError, match="must be of one rank"):
         made.plan(WEIGHTED["linear"])
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "model_type", "weights"),
+    [
+        ("LoHaConfig", {"r": 2, "target_modules": ["q_proj", "up_proj"]}, "llama", (1.0, 1.0, 1.0)),
+        ("LoKrConfig", {"r": 2, "target_modules": ["q_proj", "up_proj"]}, "llama", (1.0, 1.0)),
+        (
+            "LoraConfig",
+            {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+            "qwen3_moe",
+            WEIGHTS[:2],
+        ),
+    ],
+)
+def test_other_sums_add_up_too(
+    method: str,
+    config: Mapping[str, Any],
+    model_type: str,
+    weights: tuple[float, ...],
+    several: Callable[..., Several],
+    tmp_path: Path,
+) -> None:
+    """Methods that PEFT's layers merge, and experts that are one tensor in memory and many on disk."""
+    configs = [config] * len(weights)
+    made = several(*configs, model_type=model_type, dtype=torch.bfloat16, method=method)
+    found = made.merge(tmp_path / "out", Sequential, weights)
+    assert _judge(made, Sequential, tmp_path / "out", weights) is Verdict.PASS
+    turned = Several(made.base, made.adapters[::-1]).merge(tmp_path / "turned", Sequential, weights[::-1])
+    assert all(torch.equal(value, turned[name]) for name, value in found.items())
+    one = Several(made.base, made.adapters[:1]).merge(tmp_path / "one", Sequential, weights[:1])
+    assert any(not torch.equal(value, one[name]) for name, value in found.items())
 
 
 # -------------------------------------------------------------------------------------------------- refusals

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, MethodError, ShapeError
@@ -101,6 +102,18 @@ class CombinedFile:
     def tensors(self) -> int:
         """Of all the adapters."""
         return sum(file.tensors for file in self.files)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What making one module's factors takes at most: its updates in float64, and about four more for an SVD."""
+        kind = self.combination.type
+        whole = kind.endswith("svd") and kind is not CombinationType.SVD
+        largest = 0
+        for module in self.modules:
+            factors = sum(part.a.elements + part.b.elements for part in module.parts)
+            updates = (len(module.parts) + 4) * module.b.shape[0] * prod(module.a.shape[1:]) if whole else 0
+            largest = max(largest, 8 * (updates + 3 * factors))
+        return largest
 
     def open(self) -> CombinedWeights:
         """The combined tensors, computed as they are read."""

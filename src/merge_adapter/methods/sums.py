@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from merge_adapter.methods.change import RowKernel
+from merge_adapter.methods.change import ModuleArithmetic, RowKernel, Weights
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -24,16 +24,46 @@ class SumsKernel(RowKernel):
         self._kernels = tuple(kernels)
 
     def apply(self, block: Tensor, start: int, merged: Tensor, update: Tensor) -> None:
+        import torch
+
         parts = torch.empty((len(self._kernels), *block.shape), device=block.device)
         for kernel, part in zip(self._kernels, parts, strict=True):
             kernel.apply(block, start, merged, part)
-        if len(self._kernels) > 2:
-            parts = parts.sort(dim=0).values
-        update.copy_(parts[0])
-        for part in parts[1:]:
-            update.add_(part)
+        update.copy_(_added(parts))
         torch.add(block, update, out=merged)
 
     def to(self, device: torch.device) -> None:
         for kernel in self._kernels:
             kernel.to(device)
+
+
+@dataclass(frozen=True)
+class SumOfModules(ModuleArithmetic):
+    """W + (f1(W) - W) + (f2(W) - W) + … for functions that are each a sum, of several adapters."""
+
+    parts: tuple[tuple[ModuleArithmetic, int], ...]
+    """A function, and which adapter it reads."""
+
+    def run(self, base: Weights, adapter: Weights) -> Iterator[tuple[str, Tensor]]:  # noqa: ARG002 - never called
+        raise AssertionError("a sum over adapters reads more than one; call run_together")
+
+    def run_together(self, base: Weights, adapters: Sequence[Weights]) -> Iterator[tuple[str, Tensor]]:
+        """As `run`, with the tensors of every adapter."""
+        import torch
+
+        updates: dict[str, list[Tensor]] = {}
+        for arithmetic, number in self.parts:
+            for name, made in arithmetic.run(base, adapters[number]):
+                updates.setdefault(name, []).append(made.detach().float() - base.read(name).float())
+        for name, found in updates.items():
+            yield name, base.read(name).float() + _added(torch.stack(found))
+
+
+def _added(parts: Tensor) -> Tensor:
+    """The sum over the first dimension. Two summands commute; of more, each element's are put in order before."""
+    if len(parts) > 2:
+        parts = parts.sort(dim=0).values
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total
