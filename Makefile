@@ -25,7 +25,7 @@ chromium:
 	  || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null || true
 
 test: $(STAMP) lint chromium  ## lint, types, every test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks scripts
