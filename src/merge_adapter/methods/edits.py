@@ -7,7 +7,7 @@ load, as a new tensor, or on one of two tensors that were tied and now part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,9 +99,12 @@ def shape_of(context: Context, parameter: str) -> tuple[int, ...] | None:
     return found.parameter.shape if isinstance(found, Grouped) else None
 
 
-def place(context: Context, edits: Sequence[Edit]) -> Placed:
-    """Make the changes. Raises AccountingError naming every tensor without a target, ShapeError."""
-    ties = find_ties(context, edits)
+def place(context: Context, edits: Sequence[Edit], *, parting: Collection[tuple[str, ...]] = ()) -> Placed:
+    """Make the changes. Raises AccountingError naming every tensor without a target, ShapeError.
+
+    `parting`: sets of tied parameters that part by other changes than these.
+    """
+    ties = find_ties(context, edits, elsewhere=parting)
     missing: dict[str, tuple[str, ...]] = {}
     builder = _Builder(context, ties)
     for edit in ties.edits:
@@ -249,7 +252,7 @@ def no_target(missing: Mapping[str, tuple[str, ...]]) -> AccountingError:
 def _never_saved(context: Context, missing: Mapping[str, tuple[str, ...]]) -> AccountingError | None:
     """The error for targets that the class of the training has, but neither base nor adapter holds."""
     model = context.names.architecture
-    if model is None or not all(context.names.exists(name.rpartition(".")[0]) for name in missing):
+    if model is None or not all(_has(context, name) for name in missing):
         return None
     tensors = tuple(name for names in missing.values() for name in names)
     return AccountingError(
@@ -260,6 +263,12 @@ def _never_saved(context: Context, missing: Mapping[str, tuple[str, ...]]) -> Ac
         hint="Name the very base of the training with --base-model. Or train again with these modules in"
         " modules_to_save, or out of target_modules.",
     )
+
+
+def _has(context: Context, parameter: str) -> bool:
+    """Whether the class has this parameter; one that is computed from others, by weight norm, is none."""
+    module, _, leaf = parameter.rpartition(".")
+    return leaf in getattr(context.names.module(module), "_parameters", {})
 
 
 def _listed(missing: Mapping[str, tuple[str, ...]], most: int = 6) -> str:

@@ -23,7 +23,7 @@ from merge_adapter.methods.change import (
     Planned,
     TensorSpec,
 )
-from merge_adapter.methods.edits import config_without_ties, place
+from merge_adapter.methods.edits import place
 from merge_adapter.methods.ghost import ghostly
 from merge_adapter.methods.heads import head_changes
 from merge_adapter.methods.peft_model import AdaptedModel, Assigned, Layer, adapt, assign, check_sizes
@@ -106,19 +106,18 @@ class _Planner:
             raise MethodError("The adapter changes nothing: no module of the base is a target of it.")
         session = Session(self.names, self.adapted, self.assigned, self.context.config, self.way)
         outputs = {layer.path: self._outputs(layer) for layer in layers}
-        untied, copies = self._untied(layers, outputs)
+        parting = self._parting(layers, outputs)
+        untied, copies = self._untied(parting, outputs)
         changes: list[Change] = []
         shared = self.assigned.shared
         for members in self._together(layers, outputs):
             changes.append(self._change(session, members, outputs, untied, shared))
             shared = ()  # counted once
-        trained = self._trained({output.parameter for made in outputs.values() for output in made})
-        config = config_without_ties(self.context.sources.base.config) if untied or copies else {}
+        trained = self._trained({output.parameter for made in outputs.values() for output in made}, parting)
         in_memory = self.way is Way.MEMORY
         return replace(
             trained,
             changes=(*trained.changes, *changes, *copies),
-            config_changes={**config, **trained.config_changes},
             strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
             strategy_reason=reason if in_memory else "",
         )
@@ -178,31 +177,36 @@ class _Planner:
             sets = [entry for entry in sets if entry not in joined] + [merged]
         return [tuple(members) for _, members in sets]
 
-    def _untied(
+    def _parting(
         self, layers: Iterable[Layer], outputs: Mapping[str, tuple[Output, ...]]
-    ) -> tuple[dict[str, TensorSpec], tuple[Change, ...]]:
-        """Tied parameters that must get a tensor of their own, and the copies that others then need.
+    ) -> frozenset[tuple[str, ...]]:
+        """The sets of tied parameters whose members were different in training.
 
-        When only one of two tied parameters is adapted they were different in training. Trained tokens are the
-        exception: PEFT then adapts both with the same values.
+        Trained tokens are the exception: PEFT then adapts all of them with the same values.
         """
         adapted = {output.parameter for made in outputs.values() for output in made}
         tokens = any(getattr(p, "tied_adapter", None) for layer in layers for p in layer.layers)
-        new: dict[str, TensorSpec] = {}
-        parting = [
+        return frozenset(
             members
             for members in self.names.ties()
             if adapted & set(members)
             and not set(members) <= set(self.names.renamed)
             and not (tokens and set(members) <= adapted)
-        ]
+        )
+
+    def _untied(
+        self, parting: Iterable[tuple[str, ...]], outputs: Mapping[str, tuple[Output, ...]]
+    ) -> tuple[dict[str, TensorSpec], tuple[Change, ...]]:
+        """Adapted parameters that must get a tensor of their own, and the copies that their partners need."""
+        adapted = {output.parameter for made in outputs.values() for output in made}
+        new: dict[str, TensorSpec] = {}
         copies: list[Change] = []
-        for members in self.names.ties() if parting else ():
-            self._check_replaced(members, adapted)
-            copies.extend(loosened_copies(self.context, tuple(sorted(set(members) - adapted))))
-        for members in parting:
+        for members in sorted(parting):
             check_can_part(self.context, members)
-            for own in (adapted & set(members)) - set(self.names.renamed):
+            self._check_replaced(members, adapted)
+            idle = tuple(name for name in members if name not in adapted)
+            copies.extend(loosened_copies(self.context, idle))
+            for own in set(members) - set(idle) - set(self.names.renamed):
                 tensor = self.context.base[self.names.direct(own) or ""]
                 new[own] = TensorSpec(self.names.disk_name(own), tensor.dtype, tensor.shape)
         return new, tuple(copies)
@@ -254,7 +258,7 @@ class _Planner:
         assert self.method.kind is not None
         return self.method.kind
 
-    def _trained(self, merged: set[str]) -> Planned:
+    def _trained(self, merged: set[str], parting: frozenset[tuple[str, ...]]) -> Planned:
         """Tensors of the adapter that simply take a parameter's place: heads, saved modules, biases."""
         specs = {
             name.removeprefix(PREFIX): self.context.tensors[name]
@@ -263,4 +267,4 @@ class _Planner:
             for name in names
         }
         edits = replacement_edits(self.context, specs)
-        return head_changes(self.context, edits, place(self.context, edits))
+        return head_changes(self.context, edits, place(self.context, edits, parting=parting))

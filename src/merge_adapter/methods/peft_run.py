@@ -123,13 +123,12 @@ class Session:
         for path, module in model.named_modules():
             for name, parameter in list(module._parameters.items()):
                 full = f"{path}.{name}" if path else name
-                if parameter is None or id(parameter) in done:
+                if parameter is None:
                     continue
-                value = values.get(full)
-                if value is None:
-                    value = self._read(full, base)
-                if value is not None:
-                    parameter.data = value.clone()
+                if full in values:  # its own, whatever it is tied to: each layer must see the base's values
+                    module._parameters[name] = torch.nn.Parameter(values[full].clone(), requires_grad=False)
+                elif id(parameter) not in done and (value := self._read(full, base)) is not None:
+                    parameter.data = value
                     done.add(id(parameter))
         adapted = adapt(model, self.config)
         adapted.load(read_all(adapter, self._own_names()))

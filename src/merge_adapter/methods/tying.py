@@ -50,8 +50,13 @@ class Ties:
     notes: tuple[str, ...] = ()
 
 
-def find_ties(context: Context, edits: Sequence[Edit]) -> Ties:
-    """Look at every set of tied parameters that an edit touches, and once one parts, at all others."""
+def find_ties(
+    context: Context, edits: Sequence[Edit], *, elsewhere: Collection[tuple[str, ...]] = ()
+) -> Ties:
+    """Look at every set of tied parameters that an edit touches, and once one parts, at all others.
+
+    `elsewhere`: sets that part, but are taken care of by others.
+    """
     touched = [
         members for members in context.names.ties() if any(edit.parameter in members for edit in edits)
     ]
@@ -63,7 +68,8 @@ def find_ties(context: Context, edits: Sequence[Edit]) -> Ties:
             if members in parting
             else replace(found, edits=_folded(context, found.edits, members))
         )
-    return _loosened(context, found, set(parting)) if parting else found
+    gone = {*parting, *elsewhere}
+    return replace(_loosened(context, found, gone), untied=True) if gone else found
 
 
 def loosened_copies(context: Context, members: tuple[str, ...]) -> tuple[Change, ...]:
