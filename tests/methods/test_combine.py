@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.cli import run
@@ -394,6 +394,31 @@ def test_the_gate_passes_each_combination(name: str, several: Callable[..., Seve
     combination = WEIGHTED.get(name, Sequential)
     made.merge(tmp_path / "out", combination)
     assert _judge(made, combination, tmp_path / "out") is Verdict.PASS
+
+
+@pytest.mark.parametrize("name", ["linear", "svd", "ties_svd", "dare_ties"])
+def test_the_gate_passes_what_peft_made(name: str, several: Callable[..., Several], tmp_path: Path) -> None:
+    """A checkpoint that PEFT combined and merged itself, no code of ours behind it."""
+    made, combination = several(ATTENTION, WIDE, dtype=torch.bfloat16), WEIGHTED[name]
+    folder = tmp_path / "out"
+    names = made.merge(folder, combination)
+    expected = made.expected(combination)
+    tensors = {key: expected[key].to(value.dtype).contiguous() for key, value in names.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert _judge(made, combination, folder) is Verdict.PASS
+
+
+def test_rslora_is_scaled_once(several: Callable[..., Several], tmp_path: Path) -> None:
+    """PEFT multiplies a combination that begins with an rsLoRA adapter by the square root of its rank; we do not."""
+    made = several({**ATTENTION, "use_rslora": True}, {**ATTENTION, "lora_alpha": 3})
+    key = "model.layers.0.self_attn.q_proj.weight"
+    base = load_file(made.base / "model.safetensors")[key]
+    ours = made.merge(tmp_path / "cat", WEIGHTED["cat"])[key] - base
+    plain = made.merge(tmp_path / "plain", Sequential)[key] - base
+    theirs = made.expected(WEIGHTED["cat"])[key] - base
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(theirs, plain * 8**0.5, rtol=1e-4, atol=2e-6)
+    assert _judge(made, WEIGHTED["cat"], tmp_path / "cat") is Verdict.PASS
 
 
 @pytest.mark.parametrize("fault", ["weight", "adapter missing", "another combination"])

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
-from merge_adapter.errors import AccountingError, MethodError, ShapeError
+from merge_adapter.errors import AccountingError, BaseModelError, MethodError, ShapeError
 from merge_adapter.hub import Hub
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.soft_prompt import NewRows, VirtualTokens
@@ -375,6 +375,18 @@ def test_what_was_trained_beside_the_prompt_is_not_lost(
     save_file({**tensors, "base_model.model.extra": torch.ones(2)}, adapter / "adapter_model.safetensors")
     with pytest.raises(AccountingError, match="one tensor"):
         _plan(adapter, lm_base)
+
+
+def test_a_quantised_base_is_refused(
+    trained: Callable[[str], Path], lm_base: Path, copy_of: Callable[..., Path]
+) -> None:
+    """Its rows are no plain numbers, or stand for others."""
+    base = copy_of(lm_base, "quantised")
+    config = json.loads((base / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (base / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises((MethodError, BaseModelError)):
+        _plan(trained("prompt"), base)
 
 
 def test_a_prompt_is_not_folded_in_twice(

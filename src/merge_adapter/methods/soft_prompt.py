@@ -84,7 +84,7 @@ def virtual_tokens(sources: Resolved) -> VirtualTokens:
 
 def plan_soft_prompt(context: Context) -> Planned:
     """Plan a soft prompt. Raises MethodError, AccountingError or ShapeError."""
-    _check_task(context)
+    _check_use(context)
     prompt = _check_tensors(context)
     tokens = virtual_tokens(context.sources)
     table, head, scale = _places(getattr(context.names, "model", None), tokens.ids[0])
@@ -126,7 +126,7 @@ def plan_soft_prompt(context: Context) -> Planned:
     return Planned(tuple(changes), notes=_notes(tokens, tied=tied), config_changes=config)
 
 
-def _check_task(context: Context) -> None:
+def _check_use(context: Context) -> None:
     task = context.config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise MethodError(

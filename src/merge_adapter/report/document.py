@@ -119,6 +119,7 @@ def build(
         "tool": tool_entry(),
         "adapter": {
             **source_entry(adapter.repository.origin),
+            **({"weight": adapter.weight} if adapter.weight != 1 and len(sources.adapters) == 1 else {}),
             "method": adapter.method,
             "tensors": adapter_tensors,
             "consumed": consumed,
@@ -134,8 +135,6 @@ def build(
         "notes": list(notes),
     }
     document |= several_entries(sources)
-    if len(sources.adapters) == 1 and adapter.weight != 1:
-        document["adapter"]["weight"] = adapter.weight
     if sources.tokenizer is not None:
         document["tokenizer"] = source_entry(sources.tokenizer.origin)
     return document
