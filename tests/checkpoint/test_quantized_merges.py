@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from localhub.process import LocalHub
 from merge_adapter.cli import run
@@ -287,6 +287,25 @@ def test_quantised_from_quantised_is_followed(
     assert sources.base.repository.origin.repo_id == "ada/chain-plain"
     with pytest.raises(BaseModelError, match="is not known"):
         settled(circle, trained, reached, QuantizedBase.ORIGINAL)
+
+
+def test_an_original_that_was_trained_on_before_quantising_is_refused(
+    trained: Trained, hub: LocalHub, tokens: dict[str, str], copy_of: Copy
+) -> None:
+    """The card names it, but norms, which bitsandbytes leaves alone, tell that it is another model."""
+    api = HfApi(endpoint=hub.url, token=tokens["ada"])
+    base, other = copy_of(trained.base), copy_of(trained.original, "other")
+    (base / "README.md").write_text(card_of("ada/before-training"))
+    tensors = load_file(other / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("norm.weight")]:
+        tensors[name] = tensors[name] * 1.01
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    api.create_repo("ada/before-training")
+    api.upload_folder(repo_id="ada/before-training", folder_path=other)
+    reached = Hub(endpoint=hub.url, token=tokens["ada"])
+    with pytest.raises(BaseModelError, match=r"not made from ada/before-training .*norm\.weight") as caught:
+        settled(base, trained, reached, QuantizedBase.ORIGINAL)
+    assert "--quantized-base dequantize" in caught.value.hint
 
 
 def test_a_plain_base_is_taken_whatever_is_chosen(trained: Trained, unreachable: Hub) -> None:
