@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.packaging.code import AUTO_MAP
 from merge_adapter.packaging.markdown import code, quoted, sentence, without_front_matter
 from merge_adapter.packaging.metadata import (
@@ -124,7 +125,10 @@ def _provenance(sources: Resolved, plan: MergePlan, report: Mapping[str, Any]) -
     if sources.tokenizer is not None:
         rows.append(("Tokenizer", _pinned(sources.tokenizer.origin)))
     dtype = str(report.get("output", {}).get("dtype", "auto"))
-    rows.append(("Dtype", "of each tensor as in the base model" if dtype == "auto" else code(dtype)))
+    kept = "of each tensor as in the base model"
+    if quantization_of(sources.base.config) is not None:
+        kept += ", dequantised"
+    rows.append(("Dtype", kept if dtype == "auto" else code(dtype)))
     rows.append(("Strategy", plan.strategy.value))
     rows.append(("Adapter tensors", f"{plan.consumed} of {plan.adapter_tensors} merged"))
     tool = report.get("tool", {})

@@ -94,7 +94,9 @@ def test_the_dequantised_reference_passes_the_gate(dequantised: Path) -> None:
     assert report["verification"]["verdict"] == "pass"
     assert report["settings"]["quantized_base"] == "dequantize"
     assert any("bitsandbytes, 4 bit nf4" in note and "dequantised" in note for note in report["notes"])
-    assert "dequantised form" in (dequantised / "README.md").read_text()
+    card = (dequantised / "README.md").read_text()
+    assert "The reference is its dequantised form" in card
+    assert "| Dtype | of each tensor as in the base model, dequantised |" in card
 
 
 def test_it_is_a_plain_checkpoint(dequantised: Path, trained: Trained) -> None:
