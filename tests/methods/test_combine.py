@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.merge import merge
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.plan import MergePlan, make_plan
-from merge_adapter.publish.identity import identity_of_report
-from merge_adapter.report.document import verdict_only
+from merge_adapter.publish.identity import identity_of_report, identity_of_sources
+from merge_adapter.report.document import build, verdict_only
 from merge_adapter.several import check_adapters, compare_tokenizers
 from merge_adapter.types import (
     Adapter,
@@ -32,6 +32,7 @@ from merge_adapter.types import (
     CombinationType,
     MajoritySign,
     MergeSettings,
+    Origin,
     Resolved,
     Silent,
     Verdict,
@@ -489,3 +490,39 @@ def test_weights_and_combination_tell_publications_apart(several: Callable[..., 
         key(Combination(CombinationType.TIES, density=0.7), (1.0, 1.0)),
     }
     assert len(keys) == 5
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A repository of the Hub at a commit, of which only the place is asked."""
+
+    origin: Origin
+
+
+def test_a_publication_is_found_again_before_anything_is_merged(several: Callable[..., Several]) -> None:
+    """Sources and settings give the key that the finished report will have, weights and combination included."""
+    made = several(ATTENTION, WIDE)
+    for combination, weights in (
+        (WEIGHTED["dare_ties"], (0.5, 0.5)),
+        (Sequential, (0.5, 1.0)),
+        (Sequential, (0.5,)),
+    ):
+        found = made.sources(combination, weights)
+        adapters = tuple(
+            replace(one, repository=cast("Any", Pinned(Origin(f"ada/{number}", f"{number}" * 40))))
+            for number, one in enumerate(found.adapters, 1)
+        )
+        base = replace(found.base, repository=cast("Any", Pinned(Origin("ada/base", "f" * 40))))
+        sources = replace(found, adapters=adapters, base=base)
+        report = build(
+            sources=sources,
+            settings=MergeSettings(),
+            adapter_tensors=1,
+            consumed=1,
+            files=(),
+            merge={},
+            verification=Verification(Verdict.PASS, ()),
+            notes=(),
+        )
+        before = identity_of_sources(sources, MergeSettings(), "")
+        assert before == identity_of_report(report, "")
