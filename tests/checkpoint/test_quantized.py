@@ -7,6 +7,7 @@ the libraries of test_quantized_libraries.py do not write, or would not read. Th
 from __future__ import annotations
 
 import json
+import resource
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.checkpoint.quantization import described, quantization_of
-from merge_adapter.errors import BaseModelError, MalformedError
+from merge_adapter.errors import BaseModelError, MalformedError, StorageError
 from merge_adapter.merge import merge
 from merge_adapter.plan import make_plan
 from merge_adapter.types import (
@@ -241,6 +242,21 @@ def test_the_gate_reads_by_definition_what_no_library_does(label: str, llama: So
     found = {name: value for name, value in found.items() if not name.endswith("k_scale")}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("label", ["fp8, blocks that do not divide", "fp8, exponents"])
+def test_a_full_disk_is_no_fault_of_the_base(label: str, llama: Source, tmp_path: Path) -> None:
+    """The kernel refuses what goes beyond a file-size limit as it does on a full disk."""
+    base, _ = quantised(llama, tmp_path, FORMATS[label])
+    (tmp_path / "place").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be written") as caught:
+            dequantized_folder(base, tmp_path / "place", Kind.CAUSAL, trust_remote_code=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "TMPDIR" in caught.value.hint
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])

@@ -11,15 +11,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from merge_adapter.errors import BaseModelError, InputError
+from merge_adapter.errors import BaseModelError, InputError, StorageError
 from merge_adapter.verify.files import local_layout
 from merge_adapter.verify.loading import AUTO_CLASS, Kind, recorded
 from merge_adapter.verify.storage import Checkpoint
@@ -55,7 +57,8 @@ def check_library(config: Mapping[str, Any]) -> None:
 def dequantized_folder(base: Path, place: Path, kind: Kind, *, trust_remote_code: bool) -> Path:
     """Write the model in `base` as a plain 16-bit checkpoint into the empty folder `place`, and return that.
 
-    Holds the whole 16-bit model in memory while it writes. Raises BaseModelError when the libraries cannot.
+    Holds the whole 16-bit model in memory while it writes. Raises BaseModelError when the libraries cannot, and
+    StorageError when the disk cannot.
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     try:
@@ -80,6 +83,18 @@ def dequantized_folder(base: Path, place: Path, kind: Kind, *, trust_remote_code
     return place
 
 
+@contextmanager
+def _saving(place: Path) -> Iterator[None]:
+    """Tell a disk that refuses from libraries that do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"the 16-bit form of the base, which the gate compares with, cannot be written to {place.parent}: {error}",
+            hint="It takes two bytes a weight. Free them there, or let TMPDIR name a folder on a larger disk.",
+        ) from error
+
+
 def _write_loaded(
     base: Path, place: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_code: bool
 ) -> None:
@@ -87,7 +102,8 @@ def _write_loaded(
         model = _loaded(base, config, kind, trust_remote_code=trust_remote_code)
         # what it was converted with on the way in would quantise it again on the way out
         model._weight_conversions = None
-        model.save_pretrained(place)
+        with _saving(place):
+            model.save_pretrained(place)
 
 
 def _loaded(base: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_code: bool) -> Any:
@@ -173,7 +189,8 @@ def write_scaled(base: Path, place: Path, suffix: str, config: Mapping[str, Any]
                 if (scale := f"{name}{suffix}") in held:
                     tensors[name] = _product(tensors[name], held[scale], block).to(dtype)
             target = file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-            save_file(tensors, place / target, {"format": "pt"})
+            with _saving(place):
+                save_file(tensors, place / target, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, target)
             total += sum(tensor.nbytes for tensor in tensors.values())
     if files.index is not None:
