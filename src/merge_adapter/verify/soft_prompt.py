@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,25 +45,17 @@ from merge_adapter.verify.loading import (
     read_json,
     stored_dtype,
 )
-from merge_adapter.verify.mutants import Outcome, judge_mutants
+from merge_adapter.verify.mutants import judge_mutants
 from merge_adapter.verify.outputs import Arms, judge_outputs
 from merge_adapter.verify.probes import VERSION, from_file, shipped
-from merge_adapter.verify.rounding import half_ulp
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
-from merge_adapter.verify.storage import Checkpoint, same_bytes
+from merge_adapter.verify.soft_rows import judge_rows, measured_scale, prompt_faults
+from merge_adapter.verify.soft_tokens import judge_rendered, judge_tokens
+from merge_adapter.verify.storage import Checkpoint
 from merge_adapter.verify.tokens import load_tokenizer, survey, tokenizer_folder
 
 _PROMPT = "prompt_embeddings"
-_FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "prompt left out: rows of zeros": torch.zeros_like,
-    "order reversed": lambda prompt: prompt.flip(0),
-    "twice as strong": lambda prompt: prompt * 2,
-    "one token lost: its row is its neighbour's": lambda prompt: torch.cat(
-        (prompt[:1], prompt[:1], prompt[2:])
-    ),
-}
-"""Faults that are injected into the new input rows."""
 
 
 class SoftPromptGate:
@@ -150,10 +142,10 @@ class SoftPromptGate:
         turns = [[dict(turn) for turn in probe.messages] for probe in shipped() if probe.messages]
         plain = survey(source, texts, turns, trust=self._trust)
         found = survey(self.merged, texts, turns, trust=self._trust)
-        findings = list(_judge_tokens(plain, found, count))
+        findings = list(judge_tokens(plain, found, count))
         if not findings:
             loaded = load_tokenizer(self.merged, trust=self._trust)
-            findings = list(_judge_rendered(loaded, load_tokenizer(source, trust=self._trust), plain, found))
+            findings = list(judge_rendered(loaded, load_tokenizer(source, trust=self._trust), plain, found))
         self.findings += findings
         self.evidence["tokenizer"] = {
             "verdict": str(verdict(findings)),
@@ -182,46 +174,20 @@ class SoftPromptGate:
             text = "does not suppress the tokens of the prompt: sampled text could hold one"
             self.findings.append(warning("config", "generation_config.json", text))
 
-    # ------------------------------------------------------------------------------------- weights
-
     def _weights(self, base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -> None:
-        ours, theirs = base.state_dict(), merged.state_dict()
-        table, head = _tables(merged)
-        findings: list[Finding] = []
-        for name in sorted(set(ours) | set(theirs)):
-            if name not in ours or name not in theirs:
-                findings.append(fault("weights", name, "is in one of base and merged model alone"))
-            elif name in (table, head, head.replace(".weight", ".bias")):
-                rows = [row for row in range(len(theirs[name])) if row not in front]
-                if not _same(theirs[name][rows], ours[name], rows):
-                    findings.append(fault("weights", name, "differs from the base beside the prompt's rows"))
-            elif theirs[name].shape != ours[name].shape or not same_bytes(
-                theirs[name], ours[name].to(theirs[name].dtype)
-            ):
-                findings.append(fault("weights", name, "differs from the base"))
-        rows = theirs[table][list(front)]
-        if not _holds(rows, prompt, measured_scale(base.get_input_embeddings())):
-            findings.append(fault("weights", table, "its new rows are not the prompt rounded once"))
-        if not _are_means(theirs[head], front):
-            text = (
-                "its new rows are not the mean of the others: nothing shows that they are never the likeliest"
-            )
-            findings.append(undecided("weights", head, text))
+        findings, count = judge_rows(base, merged, prompt, front)
         self.findings += findings
         self.evidence["weights"] = {
             "verdict": str(verdict(findings)),
-            "tensors": len(theirs),
+            "tensors": count,
             "updated": 2,
             "replaced": 0,
-            "kept": len(theirs) - 2,
-            "agreement": {"exact": len(theirs) - len(findings), "wrong": len(findings)},
+            "kept": count - 2,
+            "agreement": {"exact": count - len(findings), "wrong": len(findings)},
         }
 
     def _mutants(self, prompt: Tensor, storage: torch.dtype) -> None:
-        outcomes = []
-        for name, spoil in _FAULTS.items():
-            caught = not _holds(spoil(prompt).to(storage), prompt)
-            outcomes.append(Outcome(name, tried=1, weights=int(caught)))
+        outcomes = prompt_faults(prompt, storage)
         self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
         self.findings += judge_mutants(outcomes)
 
@@ -352,48 +318,6 @@ def _prompted(base: Any, sources: Resolved, device: torch.device) -> Any:
         raise MethodError(f"PEFT cannot put this prompt before its base: {error}") from error
 
 
-def _judge_tokens(plain: dict[str, Any], found: dict[str, Any], count: int) -> Iterator[Finding]:
-    for name, surveyed in (("adapter or base", plain), ("merged repository", found)):
-        if "error" in surveyed:
-            yield fault("tokenizer", "", f"that of the {name} cannot be loaded: {surveyed['error']}")
-            return
-    front = found["encoded"][0][:count]
-    if len(set(front)) != count or set(front) & {number for ids in plain["encoded"] for number in ids}:
-        yield fault("tokenizer", "", f"does not put {count} new tokens in front of a text")
-        return
-    wrong = sum(
-        theirs != [*front, *ours] for theirs, ours in zip(found["encoded"], plain["encoded"], strict=True)
-    )
-    if wrong:
-        yield fault("tokenizer", "", f"encodes {wrong} of {len(plain['encoded'])} probes differently")
-    if found["size"] != plain["size"] + count:
-        yield fault("tokenizer", "", f"has {found['size']:,} tokens, expected {plain['size'] + count:,}")
-    if found["special"] != plain["special"]:
-        yield fault("tokenizer", "special tokens", f"are {found['special']}, expected {plain['special']}")
-
-
-def _judge_rendered(
-    merged: Any, base: Any, plain: dict[str, Any], found: dict[str, Any]
-) -> Iterator[Finding]:
-    """Conversations get the tokens too, and decoding hides them."""
-    front = merged("")["input_ids"][: len(found["encoded"][0]) - len(plain["encoded"][0])]
-    for theirs, ours in zip(found["rendered"], plain["rendered"], strict=True):
-        if theirs is None or ours is None:
-            continue
-        ids = merged(theirs, add_special_tokens=False)["input_ids"]
-        if list(ids) != [*front, *base(ours, add_special_tokens=False)["input_ids"]]:
-            yield fault(
-                "tokenizer", "chat template", "does not put the prompt's tokens before a conversation"
-            )
-            return
-    for ids in found["encoded"]:
-        if merged.decode(ids, skip_special_tokens=True) != base.decode(
-            ids[len(front) :], skip_special_tokens=True
-        ):
-            yield fault("tokenizer", "", "shows the prompt's tokens in decoded text")
-            return
-
-
 def _judge_mass(merged: Merged, limit: float) -> Iterator[Finding]:
     """What the new tokens take of the probability, and whether one is ever the first choice."""
     chosen, mass = int(merged.front.get("chosen", 0)), float(merged.front.get("mass", 1.0))
@@ -403,44 +327,3 @@ def _judge_mass(merged: Merged, limit: float) -> Iterator[Finding]:
     if mass > 1.1 * limit:
         text = f"the prompt's tokens have a probability of {mass:.2g} where at most {limit:.2g} is allowed"
         yield fault("outputs", "", text)
-
-
-def _tables(model: Any) -> tuple[str, str]:
-    """Names of the input embeddings and of the head."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return f"{paths[id(table)]}.weight", f"{paths[id(head)]}.weight"
-
-
-def _same(rows: Tensor, base: Tensor, numbers: list[int]) -> bool:
-    """Whether the rows that are not new are the base's, all of them."""
-    kept = [number for number in numbers if number < len(base)]
-    return len(kept) == len(rows) and same_bytes(rows.contiguous(), base[kept].to(rows.dtype).contiguous())
-
-
-def measured_scale(table: Any) -> float:
-    """What an embedding makes of its rows: 1 for a plain one, more for Gemma's, asked of the module itself."""
-    row = int(table.weight.detach().float().norm(dim=1).argmax())
-    with torch.no_grad():
-        stored = table.weight[row].detach().double()
-        given = table(torch.tensor([row], device=table.weight.device))[0].double()
-    return float((given @ stored) / (stored @ stored))
-
-
-def _holds(rows: Tensor, prompt: Tensor, scale: float = 1.0) -> bool:
-    """Whether `rows` are the prompt, divided by the embedding's own factor, rounded once."""
-    if rows.shape != prompt.shape:
-        return False
-    if scale == 1:
-        return same_bytes(rows.contiguous(), prompt.to(rows.dtype).contiguous())
-    # the factor is itself rounded when a model computes in 16 bit
-    wanted = prompt.double() / scale
-    slack = 1.01 * half_ulp(wanted, rows.dtype) + 2 * half_ulp(torch.ones(1), rows.dtype) * wanted.abs()
-    return bool(((rows.double() - wanted).abs() <= slack).all())
-
-
-def _are_means(head: Tensor, front: tuple[int, ...]) -> bool:
-    """Whether each new row is the mean of the rows of all tokens before them, rounded to the head's dtype."""
-    mean = head[: front[0]].double().mean(0)
-    slack = 1.01 * half_ulp(mean, head.dtype) + 2.0**-22 * head[: front[0]].double().abs().mean(0)
-    return all(bool(((head[row].double() - mean).abs() <= slack).all()) for row in front)
