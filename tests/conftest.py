@@ -19,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from localhub.process import LocalHub
 
+pytest_plugins = ("github_api", "workflow_step")
 TESTS = Path(__file__).parent
 DEMO_ASSETS = TESTS.parent / "src" / "merge_adapter" / "demo" / "assets"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
