@@ -114,7 +114,7 @@ def test_text_that_is_no_header_is_refused(tmp_path: Path, raw: bytes, message: 
         (struct.pack("<Q", HEADER_LIMIT + 1), "length field"),
         (struct.pack("<Q", 2**63), "length field"),
         (struct.pack("<Q", 100) + b"{}", "truncated"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "length field"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     ],
 )
 def test_files_cut_short_are_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -97,7 +97,7 @@ class Evil:
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     """`weights_only=True`, whatever the file wants."""
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(MalformedError, match="weights_only=True"):
+    with pytest.raises(MalformedError, match=r"weights_only=True.*wants to call \S+ while loading"):
         find_layout(Folder(tmp_path))
     assert not Path("/tmp/merge-adapter-was-here").exists()
 

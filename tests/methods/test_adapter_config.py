@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, ShapeError
@@ -114,6 +115,25 @@ def test_values_of_the_wrong_kind_are_malformed(tmp_path: Path, key: str, value:
     """The message names the key and shows the value."""
     with pytest.raises(MalformedError, match=f"expected {key} to be"):
         check_config(adapter(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rank_pattern", {"([": 8}), ("alpha_pattern", {"*": 8}), ("target_modules", "(q_proj"), ("exclude_modules", "[")],
+)  # fmt: skip
+def test_a_pattern_that_is_none_is_malformed(tmp_path: Path, key: str, value: object) -> None:
+    """It would end in an error of the regular expression library, far from where it stands."""
+    with pytest.raises(MalformedError, match=f"{key} names the pattern .*no regular expression"):
+        check_config(adapter(tmp_path, **{key: value}))
+
+
+def test_factors_in_whole_numbers_are_refused(bench: Callable[..., Any]) -> None:
+    """Cast to integers, the factors of a LoRA are all but zero."""
+    made = bench("LORA", r=4, target_modules=["q_proj"])
+    file = made.adapter / "adapter_model.safetensors"
+    save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
+    with pytest.raises(ShapeError, match="expected floating-point factors, got I8"):
+        made.plan()
 
 
 def test_a_rank_that_is_not_the_weights_is_refused(bench: Callable[..., Any]) -> None:

@@ -42,6 +42,8 @@ def test_what_peft_writes_is_left_alone() -> None:
             f"{PREFIX}_fsdp_wrapped_module.x._fsdp_wrapped_module.y.lora_B.weight",
             f"{PREFIX}x.y.lora_B.weight",
         ),
+        (f"module.{PREFIX}x.lora_B.weight", f"{PREFIX}x.lora_B.weight"),
+        (f"_fsdp_wrapped_module.{PREFIX}x.lora_B.weight", f"{PREFIX}x.lora_B.weight"),
         (f"{PREFIX}x._checkpoint_wrapped_module.y.lora_B.weight", f"{PREFIX}x.y.lora_B.weight"),
         (f"{PREFIX}score.modules_to_save.default.weight", f"{PREFIX}score.modules_to_save.weight"),
         (f"{PREFIX}score.modules_to_save.weight", f"{PREFIX}score.modules_to_save.weight"),

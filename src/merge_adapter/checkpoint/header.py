@@ -24,6 +24,9 @@ _RANK_LIMIT = 32
 _ALIGNMENT = 8
 _AGAIN = "Download or save the file again."
 
+_POINTER = b"version "
+"""How a Git LFS pointer file begins; as a length field it would be beyond any limit."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -62,6 +65,11 @@ def read_header(repository: Repository, path: str) -> Header:
     length = repository.read(path, offset=0, length=8)
     if size is None:
         size = len(repository.read(path))
+    if length == _POINTER:
+        raise MalformedError(
+            f"{path}: expected weights, got a Git LFS pointer: the text that stands for a file not yet downloaded.",
+            hint="Run git lfs pull there, or download the repository with the hf command.",
+        )
     if len(length) < 8:
         raise _malformed(path, "a safetensors file begins with 8 bytes", f"{len(length)} bytes in all")
     (count,) = struct.unpack("<Q", length)

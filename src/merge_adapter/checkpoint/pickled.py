@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from merge_adapter.checkpoint.dtypes import code_of
 from merge_adapter.checkpoint.header import Header, build_header
 from merge_adapter.errors import MalformedError
 from merge_adapter.methods.change import TensorSpec
+
+_NEEDS_CODE = re.compile(r"(?:GLOBAL|REDUCE|NEWOBJ) (?P<name>[\w.]+)")
 
 
 def load_pickled(path: Path, name: str) -> dict[str, torch.Tensor]:
@@ -26,10 +29,9 @@ def load_pickled(path: Path, name: str) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # torch warns of its own deprecated storage classes in old files
             loaded = _load(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MalformedError(
-            f"{name}: expected weights that load with weights_only=True, got {first_line}",
-            hint="Convert the file to safetensors where you trust it, or download it again.",
+            f"{name}: expected weights that load with weights_only=True, got {_reason(error)}.",
+            hint="Save the adapter or model again as safetensors, or download the file again.",
         ) from error
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
@@ -46,6 +48,14 @@ def pickled_header(path: Path, name: str) -> Header:
     tensors = load_pickled(path, name)
     specs = [TensorSpec(key, code_of(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
     return build_header(specs, {"format": "pt"})[1]
+
+
+def _reason(error: Exception) -> str:
+    """What is in the file instead, without torch's advice to load it unsafely."""
+    if (named := _NEEDS_CODE.search(str(error))) is not None:
+        return f"one that wants to call {named['name']:.100} while loading, which could run any code"
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
 
 
 def _load(path: Path) -> object:

@@ -29,6 +29,8 @@ _LORA_NAMED = re.compile(
     r"(?P<part>\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector))"
     r"\.(?P<name>[^.]+)(?P<again>\.(?P=name))?(?P<leaf>\.weight|\.bias)?$"
 )
+_OUTER = re.compile(r"^(?:module\.)+(?=base_model\.)")
+"""What DistributedDataParallel and DeepSpeed put in front of the whole model."""
 _OWN_NAME = "the adapter's own name removed"
 _SAVED_NAMED = re.compile(r"\.modules_to_save\.(?P<name>[^.]+)\.(?=[^.])")
 
@@ -147,7 +149,7 @@ def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]
 
 
 def _without_wrappers(name: str) -> str:
-    return _WRAPPERS.sub("", name)
+    return _OUTER.sub("", _WRAPPERS.sub("", name))
 
 
 def _one_prefix(name: str) -> str:
@@ -168,7 +170,7 @@ def _without_lora_name(name: str) -> str:
 
 
 _REPAIRS = (
-    ("segments of FSDP or torch.compile wrappers removed", _without_wrappers),
+    ("segments of DeepSpeed, FSDP or torch.compile wrappers removed", _without_wrappers),
     ("missing prefix base_model.model. added", _with_prefix),
     ("doubled prefix base_model.model. removed", _one_prefix),
     (_OWN_NAME, _without_lora_name),

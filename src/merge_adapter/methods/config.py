@@ -6,6 +6,7 @@ warning; here a key that is switched on and unknown is refused by name, for it m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -118,6 +119,11 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
         value = config.get(key) or {}
         if not isinstance(value, Mapping) or not all(_is_number(item) for item in value.values()):
             raise _wrong(key, "a mapping from module patterns to numbers", value)
+        for pattern in value:
+            _check_pattern(key, pattern)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            _check_pattern(key, config[key])
     for key in ("modules_to_save", "target_parameters"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -129,6 +135,16 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
         raise _wrong("bias", "none, all or lora_only", config["bias"])
 
 
+def _check_pattern(key: str, pattern: object) -> None:
+    try:
+        re.compile(str(pattern))
+    except re.error as error:
+        raise MalformedError(
+            f"adapter_config.json: {key} names the pattern {pattern!r:.200}, which is no regular expression: {error}.",
+            hint="Restore the config that PEFT saved with the adapter.",
+        ) from error
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -136,7 +152,7 @@ def _is_number(value: object) -> bool:
 def _wrong(key: str, expected: str, got: object) -> MalformedError:
     return MalformedError(
         f"adapter_config.json: expected {key} to be {expected}, got {got!r:.200}.",
-        hint="Save the adapter again.",
+        hint="Restore the config that PEFT saved with the adapter.",
     )
 
 

@@ -97,7 +97,7 @@ def _context(
         if homeless:
             raise AccountingError(
                 f"{len(homeless)} of {len(tensors)} adapter tensors belong to modules that the base does not have:"
-                f" {', '.join(homeless)}. {names.reason}.",
+                f" {_some(homeless)}. {names.reason}.",
                 tensors=homeless,
                 hint="Name the base the adapter was trained on with --base-model.",
             )
@@ -106,6 +106,12 @@ def _context(
             hint="Name the base the adapter was trained on with --base-model.",
         )
     return Context(sources, settings, adapter, adapter.config, tensors, base, names)
+
+
+def _some(names: tuple[str, ...], most: int = 6) -> str:
+    """The first names; the error itself holds all."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _inside(tensor: str, modules: tuple[str, ...]) -> bool:

@@ -32,7 +32,8 @@ def ghostly(model: Any) -> Any:
 
 def ghost(shape: Sequence[int]) -> torch.nn.Parameter:
     """One ghost, float32."""
-    return torch.nn.Parameter(torch.ones(1).expand(torch.Size(shape)), requires_grad=False)
+    one = torch.ones(1) if shape else torch.ones(())  # a scalar (CLIP's logit_scale) expands to nothing else
+    return torch.nn.Parameter(one.expand(torch.Size(shape)), requires_grad=False)
 
 
 def is_ghost(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_adapter.errors import AccountingError, MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX
-from merge_adapter.methods.change import Context, Kind, ModuleKind, Planned, TensorSpec
+from merge_adapter.methods.change import FLOATING, Context, Kind, ModuleKind, Planned, TensorSpec
 from merge_adapter.methods.edits import Edit, check_shape, place, shape_of
 from merge_adapter.methods.heads import head_changes
 from merge_adapter.methods.lora_arithmetic import LowRank, LowRankStack, ScaledSum
@@ -228,6 +228,11 @@ def _pair(factors: Factors) -> tuple[TensorSpec, TensorSpec]:
         )
     a, b = (factors.parts[name] for name in names)
     for spec in (a, b):
+        if spec.dtype not in FLOATING and not spec.dtype.startswith("F8_"):
+            raise ShapeError(
+                f"{spec.name}: expected floating-point factors, got {spec.dtype}.",
+                hint="The adapter was quantised after training; merge the one that PEFT saved.",
+            )
         if len(spec.shape) < 2 or 0 in spec.shape:
             raise ShapeError(
                 f"{spec.name}: expected a matrix, got {list(spec.shape)}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from merge_adapter.methods.ghost import Watch
 
 ADAPTER = "default"
 """The adapter's name inside PEFT."""
+
+_REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError, re.error)
+"""What PEFT raises for a config that it cannot put on a model."""
 
 _TRAINING_ONLY: Mapping[str, Any] = {
     "init_lora_weights": True,
@@ -129,7 +133,7 @@ def adapt(model: torch.nn.Module, config: Mapping[str, Any], *, only: str | None
             _fix_targets(parsed, model, only)
             # Values of the adapter's parameters come from its file; buffers are made here, for real.
             made = PeftModel(model, parsed, adapter_name=ADAPTER, low_cpu_mem_usage=only is None)
-        except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
+        except _REFUSALS as error:
             raise MethodError(
                 f"PEFT cannot put this {config.get('peft_type')} adapter on its base:"
                 f" {type(error).__name__}: {error}",

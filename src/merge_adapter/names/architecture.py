@@ -82,7 +82,8 @@ def build(
         tried.append(
             f"{type(model).__name__} has no module {absent[0]} ({len(absent)} of {len(modules)} absent)"
         )
-    reason = "no class fits the adapter: " + "; ".join(tried or ["none to try"])
+    fitting = [reason for reason in dict.fromkeys(tried) if "Unrecognized configuration class" not in reason]
+    reason = "no class fits the adapter: " + "; ".join(fitting or tried or ["none to try"])
     return UnknownArchitecture(reason, tuple(fewest))
 
 
