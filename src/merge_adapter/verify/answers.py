@@ -5,8 +5,9 @@ One batch shape, one attention implementation, fp32: arms then differ by their w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 BATCH_TOKENS = 1024
 """Tokens of one forward pass; bounds the memory of the activations and of the logits kept at once."""
+
+BATCH_SAMPLES = 1 << 20
+"""Pixels or samples of pictures and sounds of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +28,41 @@ class Batch:
     """(documents, length) int64."""
     mask: Tensor
     """(documents, length) int64, 1 where a token is real."""
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """Pictures, sounds and what describes them: argument of the model -> (documents, k, ...), k entries a document."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
     def part(self, start: int, stop: int) -> Batch:
         """Documents [start, stop)."""
-        return Batch(self.ids[start:stop], self.mask[start:stop])
+        media = {name: value[start:stop] for name, value in self.media.items()}
+        return Batch(self.ids[start:stop], self.mask[start:stop], media)
 
     def parts(self) -> Iterator[Batch]:
         """Pieces that are each run in one pass."""
         step = max(1, BATCH_TOKENS // max(1, int(self.ids.shape[1])))
+        samples = max((value[0].numel() for value in self.media.values()), default=0)
+        step = max(1, min(step, BATCH_SAMPLES // max(1, samples)))
         for start in range(0, len(self), step):
             yield self.part(start, start + step)
 
+    def arguments(self, device: torch.device) -> dict[str, Tensor]:
+        """The media as the model takes them, all documents' entries in one dimension."""
+        return {name: value.flatten(0, 1).to(device) for name, value in self.media.items()}
 
-LANGUAGE = ("causal-lm", "masked-lm", "seq2seq-lm", "image-text-to-text")
+
+LANGUAGE = ("causal-lm", "masked-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "speech-ctc")
 """Kinds that answer with a distribution over a vocabulary at each position."""
+
+CLASSES = ("classifier", "image-classifier", "audio-classifier")
+"""Kinds that answer with one row of logits for a document."""
+
+TAUGHT = ("seq2seq-lm", "speech-seq2seq")
+"""Kinds with a decoder of their own, which is taught the document as the answer."""
+
+MEDIA_ALONE = ("image-classifier", "audio-classifier", "speech-ctc")
+"""Kinds that take no token ids; the mask then only counts their positions."""
 
 
 def answer(
@@ -53,15 +75,12 @@ def answer(
     """What `model` says to one piece, fp32, on the CPU.
 
     Language models and token classifiers: (documents, length, classes) logits. Classifiers: (documents, classes).
-    Question answering: (documents, length, 2). Embedding models: (documents, width), through
-    `tail` or mean-pooled and of norm 1; encoder-decoders read the document and are taught it again as the answer.
+    Question answering: (documents, length, 2). Embedding models: (documents, width), through `tail` or mean-pooled
+    and of norm 1. Encoder-decoders read the document (or its sound) and are taught its text as the answer: at each
+    place the decoder has seen the tokens before it.
     """
-    inputs: dict[str, Tensor] = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
-    if kind == "seq2seq-lm":
-        inputs["decoder_input_ids"] = batch.ids.to(device)
-        inputs["decoder_attention_mask"] = batch.mask.to(device)
     with torch.no_grad():
-        output = model(**inputs)
+        output = _asked(model, batch)(**_arguments(model, kind, batch, device))
     if kind == "question-answering":
         return torch.stack((output.start_logits, output.end_logits), -1).float().cpu()
     if kind == "embedding":
@@ -69,6 +88,42 @@ def answer(
             return tail(output.last_hidden_state.float().cpu(), batch.mask).float()
         return _pooled(output, batch.mask)
     return _logits(output).float().cpu()
+
+
+def _asked(model: Any, batch: Batch) -> Any:
+    """PEFT's models of a task name the arguments they take, text alone: media go to the adapted model itself."""
+    return model.get_base_model() if batch.media and hasattr(model, "get_base_model") else model
+
+
+def _arguments(model: Any, kind: str, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    inputs = batch.arguments(device)
+    if kind not in (*MEDIA_ALONE, "speech-seq2seq") and batch.ids.shape[1]:
+        inputs |= {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
+    if kind in TAUGHT:
+        inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
+        inputs["decoder_attention_mask"] = shifted_mask(batch.mask).to(device)
+    elif kind == "embedding" and getattr(model.config, "is_encoder_decoder", False) and batch.ids.shape[1]:
+        inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
+    return inputs
+
+
+def start_token(config: Any) -> int:
+    """What a decoder of its own is given before the first token of its answer."""
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def shifted(config: Any, ids: Tensor) -> Tensor:
+    """(documents, length): the start token, then all of `ids` but the last."""
+    return torch.cat((torch.full_like(ids[:, :1], start_token(config)), ids[:, :-1]), 1)
+
+
+def shifted_mask(mask: Tensor) -> Tensor:
+    """The mask that goes with `shifted`."""
+    return torch.cat((torch.ones_like(mask[:, :1]), mask[:, :-1]), 1)
 
 
 def _logits(output: Any) -> Tensor:
@@ -79,45 +134,95 @@ def _logits(output: Any) -> Tensor:
 
 def _pooled(output: Any, mask: Tensor) -> Tensor:
     hidden = output.last_hidden_state.float().cpu()  # (documents, length, width)
+    if hidden.ndim == 4:  # convolutions: (documents, width, height, width of the picture)
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if mask.shape != hidden.shape[:2]:  # patches and frames: all of them are real
+        mask = torch.ones(hidden.shape[:2], dtype=mask.dtype)
     weights = mask[..., None].to(hidden.dtype)
     mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def greedy(model: Any, batch: Batch, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Greedy continuations of unpadded prompts: ids (documents, length), and the logit gap of first to second.
+def greedy(
+    model: Any, batch: Batch, length: int, device: torch.device, kind: str = "causal-lm"
+) -> tuple[Tensor, Tensor]:
+    """Greedy continuations of prompts: ids (documents, length), and the logit gap of first to second.
 
-    Plain argmax over a growing cache, so that no sampling setting of a generation config plays a part.
+    Prompts of a decoder are padded on the left, those of an encoder on the right. Plain argmax over a growing cache,
+    so that no sampling setting of a generation config plays a part.
     """
-    ids = batch.ids.to(device)
-    mask = batch.mask.to(device)
-    chosen: list[Tensor] = []
-    gaps: list[Tensor] = []
-    past: Any = None
-    step = ids
     with torch.no_grad():
-        for _ in range(length):
-            inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
-            if past is not None:
-                inputs["past_key_values"] = past
-            output = model(**inputs)
-            top = _logits(output)[:, -1].float().topk(2, dim=-1)
+        steps = _answered(model, batch, device) if kind in TAUGHT else _continued(model, batch, device)
+        chosen: list[Tensor] = []
+        gaps: list[Tensor] = []
+        logits = next(steps)
+        while True:
+            top = logits[:, -1].float().topk(2, dim=-1)
             chosen.append(top.indices[:, 0].cpu())
             gaps.append((top.values[:, 0] - top.values[:, 1]).cpu())
-            past = getattr(output, "past_key_values", None)
-            step = top.indices[:, :1]
-            mask = torch.cat((mask, torch.ones_like(step)), 1)
-            if past is None:
-                ids = torch.cat((ids, step), 1)
-                step = ids
-    return torch.stack(chosen, 1), torch.stack(gaps, 1)
+            if len(chosen) == length:
+                return torch.stack(chosen, 1), torch.stack(gaps, 1)
+            logits = steps.send(top.indices[:, :1])
 
 
-def taught(model: Any, prompts: Batch, continuation: Tensor, device: torch.device) -> Tensor:
+def _continued(model: Any, batch: Batch, device: torch.device) -> Generator[Tensor, Tensor, None]:
+    """Logits of a decoder that gets the tokens chosen from them sent back, (documents, 1) each."""
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    step, past = ids, None
+    while True:
+        inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
+        inputs |= _places(model, mask, step.shape[1])
+        if past is not None:
+            inputs["past_key_values"] = past
+        output = model(**inputs)
+        past = getattr(output, "past_key_values", None)
+        token = yield _logits(output)
+        ids = torch.cat((ids, token), 1)
+        mask = torch.cat((mask, torch.ones_like(token)), 1)
+        step = token if past is not None else ids
+
+
+def _answered(model: Any, batch: Batch, device: torch.device) -> Generator[Tensor, Tensor, None]:
+    """The same of a decoder that answers what an encoder has read."""
+    mask = batch.mask.to(device)
+    step = torch.full((len(batch), 1), start_token(model.config), device=device)
+    inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
+    past = None
+    while True:
+        output = model(**inputs, attention_mask=mask, decoder_input_ids=step, use_cache=True)
+        past = getattr(output, "past_key_values", None)
+        token = yield _logits(output)
+        step = token if past is not None else torch.cat((step, token), 1)
+        inputs = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        if past is not None:
+            inputs["past_key_values"] = past
+
+
+def _places(model: Any, mask: Tensor, count: int) -> dict[str, Tensor]:
+    """Positions of the last `count` tokens that leave padding on the left out, for models that are told them."""
+    if bool(mask.all()):
+        return {}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]}
+
+
+def taught(
+    model: Any, prompts: Batch, continuation: Tensor, device: torch.device, kind: str = "causal-lm"
+) -> Tensor:
     """The model's own next-token choice at every place of a given continuation: (documents, length)."""
-    ids = torch.cat((prompts.ids, continuation), 1).to(device)
     with torch.no_grad():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if kind in TAUGHT:
+            output = model(
+                input_ids=prompts.ids.to(device),
+                attention_mask=prompts.mask.to(device),
+                decoder_input_ids=shifted(model.config, continuation).to(device),
+            )
+            return _logits(output).float().argmax(-1).cpu()
+        ids = torch.cat((prompts.ids, continuation), 1).to(device)
+        mask = torch.cat((prompts.mask, torch.ones_like(continuation)), 1).to(device)
+        output = model(input_ids=ids, attention_mask=mask, **_places(model, mask, ids.shape[1]))
     start = prompts.ids.shape[1] - 1
     return _logits(output)[:, start:-1].float().argmax(-1).cpu()
 
@@ -139,7 +244,7 @@ def distances(kind: str, reference: Tensor, other: Tensor, mask: Tensor) -> Mapp
             "each": square,
             "agree": torch.nn.functional.cosine_similarity(left, right, dim=-1),
         }
-    if kind == "classifier":
+    if kind in CLASSES:
         square = (left - right).square().mean(-1)
         return {"mean": square, "each": square, "agree": (left.argmax(-1) == right.argmax(-1)).double()}
     # question answering, (documents, length, 2): a distribution over positions for the start and one for the end

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from merge_adapter.verify.answers import Batch
 
+MEDIA = "media."
+"""Before the names of pictures and sounds among the inputs."""
+
 
 def main(folder: Path) -> None:
     """Run one job. Any failure ends up in result.json under `error`, and in the exit status."""
@@ -48,7 +51,8 @@ def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
     inputs = load_file(folder / "inputs.safetensors")
     if "ids" not in inputs:
         return
-    batch = Batch(inputs["ids"], inputs["mask"])
+    media = {name.removeprefix(MEDIA): value for name, value in inputs.items() if name.startswith(MEDIA)}
+    batch = Batch(inputs["ids"], inputs["mask"], media)
     answers = _embeddings(job, batch) if job["sentences"] else _answers(job, batch, inputs, result)
     save_file(answers, folder / "answers.safetensors")
 
@@ -74,10 +78,10 @@ def _answers(
         model = Fronted(model, front=front, count=len(front), hidden=front)
     tensors = {"answers": torch.cat([answer(model, kind, piece, device) for piece in batch.parts()])}
     if "prompts" in inputs:
-        prompts = Batch(inputs["prompts"], torch.ones_like(inputs["prompts"]))
-        tensors["choices"] = taught(model, prompts, inputs["continuation"], device)
+        prompts = Batch(inputs["prompts"], inputs["prompts_mask"])
+        tensors["choices"] = taught(model, prompts, inputs["continuation"], device, kind)
         if not torch.equal(tensors["choices"], inputs["continuation"]):
-            tensors["written"] = greedy(model, prompts, inputs["continuation"].shape[1], device)[0]
+            tensors["written"] = greedy(model, prompts, inputs["continuation"].shape[1], device, kind)[0]
     if front:
         result["front"] = {"mass": model.mass, "chosen": model.chosen}
     return tensors

@@ -38,6 +38,10 @@ class Kind(StrEnum):
     SPANS = "question-answering"
     EMBEDDING = "embedding"
     VISION_TEXT = "image-text-to-text"
+    IMAGES = "image-classifier"
+    AUDIO = "audio-classifier"
+    SPEECH = "speech-seq2seq"
+    CTC = "speech-ctc"
 
 
 AUTO_CLASS = {
@@ -49,6 +53,10 @@ AUTO_CLASS = {
     Kind.SPANS: "AutoModelForQuestionAnswering",
     Kind.EMBEDDING: "AutoModel",
     Kind.VISION_TEXT: "AutoModelForImageTextToText",
+    Kind.IMAGES: "AutoModelForImageClassification",
+    Kind.AUDIO: "AutoModelForAudioClassification",
+    Kind.SPEECH: "AutoModelForSpeechSeq2Seq",
+    Kind.CTC: "AutoModelForCTC",
 }
 
 _TASKS = {
@@ -59,6 +67,8 @@ _TASKS = {
     "QUESTION_ANS": Kind.SPANS,
     "FEATURE_EXTRACTION": Kind.EMBEDDING,
 }
+
+_LABELLED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.IMAGES, Kind.AUDIO)
 
 _HEADS = ("score", "classifier", "classifier.out_proj", "qa_outputs", "logits_proj")
 """Final layers whose number of rows is the number of labels, over transformers' architectures."""
@@ -120,6 +130,9 @@ def kind_of(sources: Resolved) -> Kind:
     """What the adapted model answers with, from the adapter's task type, else from the base's architecture."""
     task = sources.adapter.config.get("task_type")
     architecture = _architecture(sources.base.config)
+    perceiving = _perceiving(sources, architecture)
+    if perceiving is not None:
+        return perceiving
     encoder_decoder = bool(sources.base.config.get("is_encoder_decoder"))
     kind = _TASKS.get(task) if isinstance(task, str) else None
     if (
@@ -142,6 +155,30 @@ def kind_of(sources: Resolved) -> Kind:
         if architecture.endswith(suffix):
             return found
     return Kind.EMBEDDING
+
+
+def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
+    """The kind of a model that sees or hears, by transformers' own lists; None for others.
+
+    PEFT has no task types for these: their adapters name none, or one of a text model.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = sources.base.config.get("model_type")
+    head_saved = bool(set(_HEADS) & set(sources.adapter.config.get("modules_to_save") or ()))
+    for kind, listed in (
+        (Kind.IMAGES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        (Kind.SPEECH, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+        (Kind.CTC, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+        (Kind.AUDIO, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ):
+        names = listed.get(model_type, ())
+        if architecture in ((names,) if isinstance(names, str) else names):
+            return kind
+        # a bare backbone, and an adapter that carries the head: an image or audio classifier was trained on it
+        if names and kind in (Kind.IMAGES, Kind.AUDIO) and head_saved and architecture.endswith("Model"):
+            return kind
+    return None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -254,7 +291,7 @@ def load_base(
     trust_remote_code: bool,
 ) -> Loaded:
     """The base with its head and vocabulary sized as the adapters need them."""
-    labels = labels_of(adapters) if kind in (Kind.CLASSIFIER, Kind.TOKENS) else None
+    labels = labels_of(adapters) if kind in _LABELLED else None
     changes = {"num_labels": labels} if labels is not None else None
     base = load_model(folder, kind, dtype=dtype, trust_remote_code=trust_remote_code, config_changes=changes)
     _fit_vocabulary(base.model, adapters)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.arm import MEDIA
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
 """What a process needs to start and to see the same devices. Tokens and proxies are not among them."""
@@ -98,9 +99,14 @@ def _inputs(questions: Questions) -> dict[str, Tensor]:
     if questions.batch is None:
         return {}
     inputs = {"ids": questions.batch.ids.contiguous(), "mask": questions.batch.mask.contiguous()}
+    inputs |= {f"{MEDIA}{name}": value.contiguous() for name, value in questions.batch.media.items()}
     if questions.greedy is not None:
         prompts, continuation = questions.greedy
-        inputs |= {"prompts": prompts.ids.contiguous(), "continuation": continuation.contiguous()}
+        inputs |= {
+            "prompts": prompts.ids.contiguous(),
+            "prompts_mask": prompts.mask.contiguous(),
+            "continuation": continuation.contiguous(),
+        }
     return inputs
 
 
@@ -144,6 +150,8 @@ def _run(work: Path, timeout: float) -> str:
         "HOME": str(work),
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # threads that wait for each other give their core away: where others need it too, spinning costs the most
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, "-I", "-m", "merge_adapter.verify.arm", str(work)]
     try:
