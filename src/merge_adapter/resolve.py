@@ -18,7 +18,7 @@ from merge_adapter.errors import BaseModelError, InputError, MalformedError, Not
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.originals import settle_base
-from merge_adapter.several import check_adapters, compare_tokenizers
+from merge_adapter.several import check_adapters, compare_revisions, compare_tokenizers
 from merge_adapter.types import (
     Adapter,
     BaseModel,
@@ -123,6 +123,8 @@ def resolve(
         notes,
     )
     tokenizer = _choose_tokenizer(adapters[0].repository, base.repository, notes)
+    if request.base_revision is None:
+        notes.extend(compare_revisions(adapters))
     notes.extend(compare_tokenizers(adapters, tokenizer))
     return Resolved(
         adapters=adapters,

@@ -32,6 +32,14 @@ def check_adapters(adapters: tuple[Adapter, ...]) -> None:
         )
 
 
+def compare_revisions(adapters: tuple[Adapter, ...]) -> Iterator[str]:
+    """A note where the adapters record different revisions of the base, of which the first one's is used."""
+    recorded = [adapter.config.get("revision") for adapter in adapters]
+    stated = {revision for revision in recorded if isinstance(revision, str) and revision}
+    if len(stated) > 1:
+        yield "The adapters record different revisions of their base; it is read as the first adapter's config says."
+
+
 def compare_tokenizers(adapters: tuple[Adapter, ...], chosen: Repository | None) -> Iterator[str]:
     """Notes on what differs between the adapters' own tokenizers, of which the merged model gets `chosen`.
 

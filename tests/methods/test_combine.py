@@ -24,7 +24,7 @@ from merge_adapter.methods.combine import check_combination
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.publish.identity import identity_of_report, identity_of_sources
 from merge_adapter.report.document import build, verdict_only
-from merge_adapter.several import check_adapters, compare_tokenizers
+from merge_adapter.several import check_adapters, compare_revisions, compare_tokenizers
 from merge_adapter.types import (
     Adapter,
     BaseModel,
@@ -40,7 +40,7 @@ from merge_adapter.types import (
 )
 from merge_adapter.verify import VerifySettings, verify
 
-Sequential = Combination()
+SEQUENTIAL = Combination()
 WEIGHTS = (0.7, -0.4, 1.3)
 ATTENTION = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 WIDE = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"]}
@@ -218,7 +218,7 @@ def test_sums_do_not_depend_on_the_order(several: Callable[..., Several], tmp_pa
     for number, order in enumerate(itertools.permutations(pairs)):
         shuffled = Several(made.base, tuple(folder for folder, _ in order))
         results.append(
-            shuffled.merge(tmp_path / str(number), Sequential, tuple(weight for _, weight in order))
+            shuffled.merge(tmp_path / str(number), SEQUENTIAL, tuple(weight for _, weight in order))
         )
     for other in results[1:]:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
@@ -259,7 +259,7 @@ def test_ranks_may_differ_where_updates_are_added(several: Callable[..., Several
         "alpha_pattern": {"q_proj": 5},
     }
     made = several(ATTENTION, odd)
-    plain = made.merge(tmp_path / "plain", Sequential)
+    plain = made.merge(tmp_path / "plain", SEQUENTIAL)
     cat = made.merge(tmp_path / "cat", WEIGHTED["cat"])
     whole = made.merge(tmp_path / "svd", Combination(CombinationType.SVD, svd_rank=10))
     for key, value in plain.items():
@@ -293,11 +293,11 @@ def test_other_sums_add_up_too(
     """Methods that PEFT's layers merge, and experts that are one tensor in memory and many on disk."""
     configs = [config] * len(weights)
     made = several(*configs, model_type=model_type, dtype=torch.bfloat16, method=method)
-    found = made.merge(tmp_path / "out", Sequential, weights)
-    assert _judge(made, Sequential, tmp_path / "out", weights) is Verdict.PASS
-    turned = Several(made.base, made.adapters[::-1]).merge(tmp_path / "turned", Sequential, weights[::-1])
+    found = made.merge(tmp_path / "out", SEQUENTIAL, weights)
+    assert _judge(made, SEQUENTIAL, tmp_path / "out", weights) is Verdict.PASS
+    turned = Several(made.base, made.adapters[::-1]).merge(tmp_path / "turned", SEQUENTIAL, weights[::-1])
     assert all(torch.equal(value, turned[name]) for name, value in found.items())
-    one = Several(made.base, made.adapters[:1]).merge(tmp_path / "one", Sequential, weights[:1])
+    one = Several(made.base, made.adapters[:1]).merge(tmp_path / "one", SEQUENTIAL, weights[:1])
     assert any(not torch.equal(value, one[name]) for name, value in found.items())
 
 
@@ -312,10 +312,10 @@ def test_what_a_combination_would_lose_is_refused(several: Callable[..., Several
     saved = several(ATTENTION, {**ATTENTION, "modules_to_save": ["lm_head"]})
     with pytest.raises(MethodError, match="trained whole"):
         saved.plan(WEIGHTED["linear"])
-    assert saved.plan(Sequential, (0.5, 1.0)).consumed == saved.plan(Sequential, (0.5, 1.0)).adapter_tensors
+    assert saved.plan(SEQUENTIAL, (0.5, 1.0)).consumed == saved.plan(SEQUENTIAL, (0.5, 1.0)).adapter_tensors
     both = several({**ATTENTION, "modules_to_save": ["lm_head"]}, {**WIDE, "modules_to_save": ["lm_head"]})
     with pytest.raises(MethodError, match=r"lm_head\.weight is changed by two adapters"):
-        both.plan(Sequential, (1.0, 1.0))
+        both.plan(SEQUENTIAL, (1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -336,11 +336,23 @@ def test_settings_without_sense_are_refused(combination: Combination, adapters: 
 
 def test_an_adapter_is_named_once_and_weighs_a_number(several: Callable[..., Several]) -> None:
     made = several(ATTENTION, WIDE)
-    first, second = made.sources(Sequential, (1.0, float("nan"))).adapters
+    first, second = made.sources(SEQUENTIAL, (1.0, float("nan"))).adapters
     with pytest.raises(InputError, match="named twice"):
         check_adapters((first, first))
     with pytest.raises(InputError, match="not a finite number"):
         check_adapters((first, second))
+
+
+def test_adapters_of_different_base_revisions_are_told(several: Callable[..., Several]) -> None:
+    """One base is read; a person should know that one adapter was trained on another state of it."""
+    first, second = several(ATTENTION, WIDE).sources(SEQUENTIAL).adapters
+    told = [
+        replace(one, config={**one.config, "revision": name}) for one, name in ((first, "a"), (second, "b"))
+    ]
+    assert not list(compare_revisions((first, second)))
+    assert not list(compare_revisions((told[0], second)))
+    (note,) = compare_revisions((told[0], told[1]))
+    assert "different revisions" in note
 
 
 def test_tokenizers_that_disagree_are_refused(
@@ -392,9 +404,17 @@ def _judge(
 def test_the_gate_passes_each_combination(name: str, several: Callable[..., Several], tmp_path: Path) -> None:
     """Against PEFT's own combination of the loaded adapters, bf16 as models are."""
     made = several(ATTENTION, WIDE, dtype=torch.bfloat16)
-    combination = WEIGHTED.get(name, Sequential)
+    combination = WEIGHTED.get(name, SEQUENTIAL)
     made.merge(tmp_path / "out", combination)
     assert _judge(made, combination, tmp_path / "out") is Verdict.PASS
+
+
+def test_a_single_adapter_may_be_weighted(several: Callable[..., Several], tmp_path: Path) -> None:
+    """Half an update is half an update; judged as a whole one it fails."""
+    made = several(WIDE, dtype=torch.bfloat16)
+    made.merge(tmp_path / "out", SEQUENTIAL, (0.5,))
+    assert _judge(made, SEQUENTIAL, tmp_path / "out", (0.5,)) is Verdict.PASS
+    assert _judge(made, SEQUENTIAL, tmp_path / "out", (1.0,)) is Verdict.FAIL
 
 
 @pytest.mark.parametrize("name", ["linear", "svd", "ties_svd", "dare_ties"])
@@ -415,7 +435,7 @@ def test_rslora_is_scaled_once(several: Callable[..., Several], tmp_path: Path) 
     key = "model.layers.0.self_attn.q_proj.weight"
     base = load_file(made.base / "model.safetensors")[key]
     ours = made.merge(tmp_path / "cat", WEIGHTED["cat"])[key] - base
-    plain = made.merge(tmp_path / "plain", Sequential)[key] - base
+    plain = made.merge(tmp_path / "plain", SEQUENTIAL)[key] - base
     theirs = made.expected(WEIGHTED["cat"])[key] - base
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-6)
     torch.testing.assert_close(theirs, plain * 8**0.5, rtol=1e-4, atol=2e-6)
@@ -429,7 +449,7 @@ def test_the_gate_fails_a_wrong_combination(
 ) -> None:
     """A weight that is a tenth off, an adapter left out, or another combination than the one asked for."""
     made = several(ATTENTION, WIDE, dtype=torch.bfloat16)
-    combination = WEIGHTED.get(name, Sequential)
+    combination = WEIGHTED.get(name, SEQUENTIAL)
     if fault == "another combination":
         made.merge(tmp_path / "out", WEIGHTED["svd of rank 2"])
     else:
@@ -483,8 +503,8 @@ def test_weights_and_combination_tell_publications_apart(several: Callable[..., 
         return identity_of_report(report, "").key
 
     keys = {
-        key(Sequential, (1.0, 1.0)),
-        key(Sequential, (0.5, 1.0)),
+        key(SEQUENTIAL, (1.0, 1.0)),
+        key(SEQUENTIAL, (0.5, 1.0)),
         key(WEIGHTED["ties"], (1.0, 1.0)),
         key(WEIGHTED["linear"], (1.0, 1.0)),
         key(Combination(CombinationType.TIES, density=0.7), (1.0, 1.0)),
@@ -504,8 +524,8 @@ def test_a_publication_is_found_again_before_anything_is_merged(several: Callabl
     made = several(ATTENTION, WIDE)
     for combination, weights in (
         (WEIGHTED["dare_ties"], (0.5, 0.5)),
-        (Sequential, (0.5, 1.0)),
-        (Sequential, (0.5,)),
+        (SEQUENTIAL, (0.5, 1.0)),
+        (SEQUENTIAL, (0.5,)),
     ):
         found = made.sources(combination, weights)
         adapters = tuple(
