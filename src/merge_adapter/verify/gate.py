@@ -134,7 +134,7 @@ class Gate:
                 kind,
                 adapted.model,
                 expected,
-                weights.exact,
+                weights.settled,
                 outcomes,
                 dtype,
                 storage,

@@ -18,7 +18,8 @@ def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Findi
     """
     assert arms.greedy is not None and merged.choices is not None
     prompts, continuation, gaps = arms.greedy
-    noise = 2 * float((arms.oracle - arms.reference).abs().max())
+    pairs = zip(arms.oracle, arms.reference, strict=True)
+    noise = 2 * max(float((oracle - reference).abs().max()) for oracle, reference in pairs)
     written = merged.written if merged.written is not None else continuation
     rows: list[dict[str, Any]] = []
     findings: list[Finding] = []

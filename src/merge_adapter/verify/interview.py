@@ -29,8 +29,8 @@ from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.tokens import judge_tokenizer, load_tokenizer, survey, tokenizer_folder
 
-EXACT_DOCUMENTS = 4
-"""Documents the merged arm reads when its weights are bit for bit the oracle's: only loading remains to be seen."""
+SETTLED_DOCUMENTS = 4
+"""Documents the merged arm reads when its weights are the oracle's already: only loading remains to be seen."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Subject:
     adapted: Any
     """PEFT's model, unmerged."""
     expected: Expectations
-    exact: bool
-    """True when the merged weights are bit for bit the once-rounded oracle."""
+    settled: bool
+    """True when the merged weights leave the once-rounded oracle's answers no room to differ."""
     outcomes: list[Outcome]
     loaded_dtype: torch.dtype
     """In which the base is loaded."""
@@ -144,7 +144,7 @@ class Interview:
             probes.batch,
             storage=subject.storage,
             device=torch.device(self.device),
-            with_ceiling=not subject.exact,
+            with_ceiling=not subject.settled,
             prompts=begun,
             greedy_tokens=settings.greedy_tokens,
             seed=settings.seed,
@@ -179,7 +179,7 @@ class Interview:
     ) -> Questions:
         batch: Batch | None = None
         if probes is not None and arms is not None:
-            batch = probes.batch.part(0, EXACT_DOCUMENTS) if self.subject.exact else probes.batch
+            batch = probes.batch.part(0, SETTLED_DOCUMENTS) if self.subject.settled else probes.batch
         return Questions(
             folder=self.subject.merged,
             kind=self.subject.kind,
@@ -238,6 +238,7 @@ class Interview:
                 names=probes.names,
                 confidence=self.settings.confidence,
                 seed=self.settings.seed,
+                settled=self.subject.settled,
             )
             self.findings += part.findings
             self.evidence["outputs"] = {"verdict": str(verdict(part.findings)), **part.evidence}

@@ -96,7 +96,7 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
     picked = [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED]
     pairs = [(mutant, name) for mutant in MUTANTS for name in picked]
     with workers() as pool:
-        found = list(pool.map(lambda pair: _caught(*pair, expected, storage, seed), pairs))
+        found = list(pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage, seed), pairs))
     outcomes = {mutant: Outcome(f"{mutant.name}: {mutant.makes}") for mutant in MUTANTS}
     for (mutant, name), (in_weights, in_modules) in zip(pairs, found, strict=True):
         outcome = outcomes[mutant]

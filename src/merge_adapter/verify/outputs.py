@@ -9,8 +9,10 @@ Five arms read the same token ids in fp32:
     M   the merged folder, in a fresh process without PEFT
 
 With d the distance from R: noise N = d(O), its ceiling C = d(O+), error E = d(M), effect S = d(B). The part passes when
-E is within C's upper confidence bound and S's lower bound is above N's upper one. When the effect
-is not above the noise no comparison of outputs could tell a good merge from none, and the part leaves it open.
+E is within C's upper confidence bound and S's lower bound is above N's upper one. Where the weights part has left M no
+room to differ from O, O+ does not run, M reads a few documents, and it is d(M, O) that must be within N's bound. When
+the effect is not above the noise no comparison of outputs could tell a good merge from none, and the part leaves it
+open.
 """
 
 from __future__ import annotations
@@ -232,6 +234,8 @@ class Measured:
     """True when the merged model gave the oracle's answers bit for bit."""
 
 
+    from_oracle: float | None
+    """Mean of d(M, O), where that is what decides."""
 def judge_outputs(
     arms: Arms,
     merged: Tensor,
@@ -242,7 +246,11 @@ def judge_outputs(
     confidence: float,
     seed: int,
 ) -> OutputsPart:
-    """Distances of all arms from R, and what follows from them. `merged` covers the first documents of `batch`."""
+    """Distances of all arms from R, and what follows from them. `merged` covers the first documents of `batch`.
+
+    `settled`: the weights are known to be the oracle's, and the answers must be as well.
+    """
+    settled: bool = False,
     part = OutputsPart()
     count = int(merged.shape[0])
     if merged.shape[1:] != arms.reference.shape[1:]:
@@ -275,6 +283,7 @@ def judge_outputs(
         bool(torch.equal(merged, arms.oracle[:count])),
     )
     part.findings += _rule(found, kind)
+        _from_oracle(arms, merged, kind, batch) if settled else None,
     part.evidence = {
         "kind": str(kind),
         "metric": metric(kind),
@@ -321,11 +330,12 @@ def _rule(found: Measured, kind: str) -> Iterator[Finding]:
     """The verdict of the part; the bounds are those of the bootstrap, no constant enters."""
     what = "KL" if metric(kind).startswith("KL") else "distance"
     limit = max(found.noise.upper, found.ceiling.upper)
-    if not found.identical and found.error.mean > limit:
-        times = found.error.mean / limit if limit else float("inf")
+    distance = found.error.mean if found.from_oracle is None else found.from_oracle
+    if not found.identical and distance > limit:
+        times = distance / limit if limit else float("inf")
         text = (
             f"the merged model's answers are {times:.3g} times as far from base + adapter as rounding allows "
-            f"({what} {found.error.mean:.3g}, allowed {limit:.3g})"
+            f"({what} {distance:.3g}, allowed {limit:.3g})"
         )
         yield fault("outputs", "", text)
     if found.effect.lower <= found.noise.upper:
@@ -339,14 +349,23 @@ def _rule(found: Measured, kind: str) -> Iterator[Finding]:
 
 def _recovery(arms: Arms, merged: Tensor, mask: Tensor, count: int) -> float | None:
     """<M - B, R - B> / |R - B|^2 over real positions: 1 when the whole effect is there."""
-    base, reference = arms.base[:count].double(), arms.reference[:count].double()
-    effect, got = reference - base, merged.double() - base
-    if effect.ndim == 3:
-        real = mask[:count].bool()
-        # a constant added to all logits changes nothing
-        effect, got = (x[real] - x[real].mean(-1, keepdim=True) for x in (effect, got))
-    size = float(effect.square().sum())
-    return _g(float((effect * got).sum()) / size) if size > 0 else None
+def _from_oracle(arms: Arms, merged: Tensor, kind: str, batch: Batch) -> float:
+    count = len(merged)
+    return float(distances(kind, arms.oracle[:count], merged, batch.mask[:count])["mean"].mean())
+
+
+    along = size = 0.0
+    # one document at a time: all logits in fp64 would be the largest thing in memory
+    for at in range(count):
+        base = arms.base[at].double()
+        effect, got = arms.reference[at].double() - base, merged[at].double() - base
+        if arms.reference.ndim == 3:
+            real = mask[at].bool()
+            # a constant added to all logits changes nothing
+            effect, got = (x[real] - x[real].mean(-1, keepdim=True) for x in (effect, got))
+        along += float((effect * got).sum())
+        size += float(effect.square().sum())
+    return _g(along / size) if size > 0 else None
 
 
 def _extras(kind: str, arms: Arms, merged: Tensor, count: int) -> dict[str, Any]:

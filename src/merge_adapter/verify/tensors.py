@@ -17,6 +17,7 @@ from merge_adapter.verify.findings import Finding, fault, note, undecided, warni
 from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
+from merge_adapter.verify.screen import SCREENED
 from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
 
@@ -40,6 +41,20 @@ class WeightsPart:
     def exact(self) -> bool:
         """True when every tensor is bit for bit the once-rounded oracle."""
         return not self.findings_fatal and all(entry.agreement is Agreement.EXACT for entry in self.tensors)
+
+    @property
+    def settled(self) -> bool:
+        """True when no tensor can answer otherwise than the once-rounded oracle, but for a part of its own noise.
+
+        Bit for bit equal ones cannot. In 16 bit an element within tolerance is the oracle's unless fp32 arithmetic fell
+        on the other side of a tie, which few do; in fp32 that arithmetic is all the noise there is.
+        """
+        coarse = {str(dtype).removeprefix("torch.") for dtype in SCREENED}
+        return not self.findings_fatal and all(
+            entry.agreement is Agreement.EXACT
+            or (entry.agreement is Agreement.ROUNDED and entry.dtype in coarse)
+            for entry in self.tensors
+        )
 
     @property
     def findings_fatal(self) -> bool:

@@ -159,6 +159,9 @@ def judge_update(
             suspects.append(found.suspects + start * matrix.shape[1])
     if suspects:
         _judge_points(sums, matrix, update, torch.cat(suspects))
+        if sums.wrong or not sums.finite:
+            # what is wrong is explained by its figures: those of fp64, where nothing is lost when sums cancel
+            return judge_update(name, merged, update, kind=kind, screened=False)
     return _evidence(name, kind, merged, sums, update.form)
 
 
