@@ -79,6 +79,9 @@ def answer(
     and of norm 1. Encoder-decoders read the document (or its sound) and are taught its text as the answer: at each
     place the decoder has seen the tokens before it.
     """
+    if kind == "classifier" and len(batch) > 1 and not _pads(model):
+        rows = (_unpadded(batch, row) for row in range(len(batch)))
+        return torch.cat([answer(model, kind, one, device, tail) for one in rows])
     with torch.no_grad():
         output = _asked(model, batch)(**_arguments(model, kind, batch, device))
     if kind == "question-answering":
@@ -88,6 +91,22 @@ def answer(
             return tail(output.last_hidden_state.float().cpu(), batch.mask).float()
         return _pooled(output, batch.mask)
     return _logits(output).float().cpu()
+
+
+def _pads(model: Any) -> bool:
+    """Whether the config names a padding token. Decoders with a class head need it to find a document's last token:
+    without one they take single documents only, as they are, and so do the users of base and adapter.
+    """
+    return isinstance(getattr(model.config, "pad_token_id", None), int)
+
+
+def _unpadded(batch: Batch, row: int) -> Batch:
+    """One document, its real tokens alone."""
+    real = batch.mask[row].bool()
+    if not real.any():
+        return batch.part(row, row + 1)
+    media = {name: value[row : row + 1] for name, value in batch.media.items()}
+    return Batch(batch.ids[row : row + 1, real], batch.mask[row : row + 1, real], media)
 
 
 def _asked(model: Any, batch: Batch) -> Any:
