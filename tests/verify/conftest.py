@@ -66,6 +66,18 @@ def resolved(adapter: Path, base: Path, *more: Path) -> Resolved:
     )
 
 
+@pytest.fixture(scope="session")
+def sources_of() -> Callable[..., Resolved]:
+    """`resolved`, for modules of tests."""
+    return resolved
+
+
+@pytest.fixture(scope="session")
+def silence() -> Callable[[], Any]:
+    """`quiet`, for modules of tests."""
+    return quiet
+
+
 @dataclass(frozen=True)
 class Good:
     """A merge that is right, with what it was made from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from merge_adapter.verify.findings import Finding, warning
@@ -9,8 +10,12 @@ from merge_adapter.verify.outputs import Arms
 from merge_adapter.verify.separate import Merged
 
 
-def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Finding], dict[str, Any]]:
+def judge_greedy(
+    arms: Arms, merged: Merged, tokenizer: Any, *, shown: Sequence[str] = ()
+) -> tuple[list[Finding], dict[str, Any]]:
     """The rows for the report, and a finding for each divergence that rounding does not explain.
+
+    `shown` are the prompts as a person reads them; without them the ids are decoded.
 
     Where the merged model chooses another token, the reference's logits of its first and second choice are compared
     with the largest change of any logit that the once-rounded oracle showed on the probes: a smaller gap is a
@@ -26,7 +31,7 @@ def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Findi
     for at in range(len(prompts)):
         differs = (merged.choices[at] != continuation[at]).nonzero().flatten().tolist()
         row: dict[str, Any] = {
-            "prompt": _text(tokenizer, prompts.ids[at]),
+            "prompt": shown[at] if shown else _text(tokenizer, prompts.ids[at]),
             "reference": _text(tokenizer, continuation[at]),
             "merged": _text(tokenizer, written[at]),
             "base": _text(tokenizer, arms.base_written[at]) if arms.base_written is not None else None,
@@ -47,4 +52,11 @@ def judge_greedy(arms: Arms, merged: Merged, tokenizer: Any) -> tuple[list[Findi
 
 
 def _text(tokenizer: Any, ids: Any) -> str:
-    return tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+    """Decoded up to the first end of text, special tokens left out; ids as numbers without a tokenizer."""
+    numbers = list(map(int, ids))
+    if tokenizer is None:
+        return " ".join(map(str, numbers))
+    end = tokenizer.eos_token_id
+    if end in numbers[1:]:
+        numbers = numbers[: numbers.index(end, 1)]
+    return str(tokenizer.decode(numbers, skip_special_tokens=True))

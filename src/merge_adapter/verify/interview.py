@@ -16,12 +16,14 @@ from merge_adapter.errors import MalformedError
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.answers import Batch
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
+from merge_adapter.verify.beginnings import Beginnings, beginnings
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
 from merge_adapter.verify.greedy import judge_greedy
-from merge_adapter.verify.loading import AdapterFile, Kind, load_base
+from merge_adapter.verify.loading import AdapterFile, Kind, inner, load_base
 from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
+from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
 from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
 from merge_adapter.verify.provenance import judge_likelihood, likelihood
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
@@ -79,28 +81,38 @@ class Interview:
             tokenizer = load_tokenizer(source, trust=self._trust)
             probes = self._probes(texts, tokenizer) if self.settings.outputs else None
             tail = self._tail()
-            arms = self._arms(probes, tail) if probes is not None else None
+            begun = self._begun(texts, tokenizer, probes) if probes is not None else None
+            arms = self._arms(probes, tail, begun) if probes is not None else None
             questions = self._questions(texts, source, probes, arms, tail)
             with self.progress.task("Running the merged model on its own", None):
                 merged = ask_merged(questions)
             self._tokenizer(questions, merged, source)
             self._outputs(probes, arms, merged)
             if arms is not None and arms.greedy is not None and merged.choices is not None:
-                found, self.evidence["greedy"] = judge_greedy(arms, merged, tokenizer)
+                found, self.evidence["greedy"] = judge_greedy(
+                    arms, merged, tokenizer, shown=begun.shown if begun is not None else ()
+                )
                 self.findings += found
 
     def _probes(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | None:
-        subject = self.subject
-        rows = vocabulary(subject.adapted)
-        if rows is None:
-            self.findings.append(undecided("outputs", "", f"this gate cannot feed a {subject.kind} model"))
-            return None
-        limit, budget = positions(subject.adapted.config), self.settings.tokens(self.device)
-        if tokenizer is None:
-            self.findings.append(note("outputs", "", "no tokenizer: probed with seeded random token ids"))
-            probes = random_ids(budget=budget, vocabulary=rows, limit=limit, seed=self.settings.seed)
-        else:
-            probes = tokenized(texts, tokenizer, budget=budget, vocabulary=rows, limit=limit)
+        subject, seed = self.subject, self.settings.seed
+        probes = self._perceived(texts, tokenizer)
+        if isinstance(probes, Unfed):
+            self._unfed(probes)
+            if subject.kind is not Kind.VISION_TEXT:
+                return None
+            probes = None
+        if probes is None:
+            rows = vocabulary(subject.adapted)
+            if rows is None:
+                self._unfed(Unfed("it takes no token ids"))
+                return None
+            limit, budget = positions(subject.adapted.config), self.settings.tokens(self.device)
+            if tokenizer is None:
+                self.findings.append(note("outputs", "", "no tokenizer: probed with seeded random token ids"))
+                probes = random_ids(budget=budget, vocabulary=rows, limit=limit, seed=seed)
+            else:
+                probes = tokenized(texts, tokenizer, budget=budget, vocabulary=rows, limit=limit)
         self.evidence["probes"] = {
             "version": VERSION,
             "source": probes.source,
@@ -110,6 +122,58 @@ class Interview:
             "own": self.settings.probes.name if self.settings.probes is not None else None,
         }
         return probes
+
+    def _perceived(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | Unfed | None:
+        """What a model that sees or hears is asked; None for models of text."""
+        subject, model = self.subject, inner(self.subject.adapted)
+        if not sees_or_hears(subject.kind, model):
+            return None
+        budget, seed = self.settings.tokens(self.device), self.settings.seed
+        found = perceived(
+            subject.kind,
+            model,
+            texts,
+            tokenizer,
+            subject.base_folder,
+            budget=budget,
+            seed=seed,
+            device=torch.device(self.device),
+        )
+        if isinstance(found, Probes):
+            text = f"{len(found.batch)} documents were compared: {found.source}; their preparation was not compared"
+            self.findings.append(note("outputs", "", text))
+        return found
+
+    def _unfed(self, unfed: Unfed) -> None:
+        """Say what the outputs part cannot ask, and leave the answer open."""
+        what = "outputs on pictures" if self.subject.kind is Kind.VISION_TEXT else "outputs"
+        text = (
+            f"{what} were not compared: this gate cannot feed this {self.subject.kind} model, {unfed.reason}"
+        )
+        self.findings.append(undecided("outputs", "", text))
+
+    def _begun(self, texts: tuple[Probe, ...], tokenizer: Any, probes: Probes) -> Beginnings | None:
+        """What is continued greedily, by the kinds that write text from text."""
+        kind, count = self.subject.kind, self.settings.greedy_prompts
+        rows, length = vocabulary(self.subject.adapted), self.settings.greedy_tokens
+        if kind not in (Kind.CAUSAL, Kind.SEQ2SEQ) or rows is None or not count or not length:
+            if kind in (Kind.VISION_TEXT, Kind.SPEECH):
+                self.findings.append(note("greedy", "", f"greedy text of a {kind} model was not compared"))
+            return None
+        found = None
+        if tokenizer is not None:
+            found = beginnings(
+                texts,
+                tokenizer,
+                count=count,
+                vocabulary=rows,
+                limit=positions(self.subject.adapted.config) - length,
+                encoder=kind is Kind.SEQ2SEQ,
+            )
+        if found is None:
+            cut = prompts(probes.batch, count)
+            found = Beginnings(cut, ()) if cut is not None else None
+        return found
 
     def _tail(self) -> Tail | None:
         """How embeddings are pooled; None for mean pooling, and for other kinds of model."""
@@ -126,7 +190,19 @@ class Interview:
             self.findings.append(warning("outputs", "", f"{error.message}; embeddings were mean-pooled"))
             return None
 
-    def _arms(self, probes: Probes, tail: Tail | None) -> Arms:
+    def _arms(self, probes: Probes, tail: Tail | None, begun: Beginnings | None) -> Arms | None:
+        """The arms of this process; None, and the answer left open, where base + adapter itself cannot be run."""
+        try:
+            return self._run_arms(probes, tail, begun)
+        except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            text = (
+                f"outputs were not compared: base + adapter, a {self.subject.kind} model, cannot be run on "
+                f"{probes.source}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
+            self.findings.append(undecided("outputs", "", text))
+            return None
+
+    def _run_arms(self, probes: Probes, tail: Tail | None, begun: Beginnings | None) -> Arms:
         subject, settings = self.subject, self.settings
         plain = load_base(
             subject.base_folder,
@@ -135,7 +211,6 @@ class Interview:
             dtype=subject.loaded_dtype,
             trust_remote_code=self._trust,
         )
-        begun = prompts(probes.batch, settings.greedy_prompts) if subject.kind is Kind.CAUSAL else None
         arms = run_reference_arms(
             subject.adapted,
             plain.model,
@@ -145,7 +220,7 @@ class Interview:
             storage=subject.storage,
             device=torch.device(self.device),
             with_ceiling=not subject.settled,
-            prompts=begun,
+            prompts=begun.batch if begun is not None else None,
             greedy_tokens=settings.greedy_tokens,
             seed=settings.seed,
             progress=self.progress,

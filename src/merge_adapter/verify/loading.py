@@ -300,7 +300,10 @@ def load_base(
 
 def _fit_vocabulary(model: Any, adapters: tuple[AdapterFile, ...]) -> None:
     """Give the embeddings the number of rows of an embedding that an adapter carries whole."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return  # what hears or sees has none
     names = [name for name, module in model.named_modules() if module is embedding]
     for file in adapters:
         for name in names:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_adapter.types import Progress
-from merge_adapter.verify.answers import Batch, answer, distances, greedy
+from merge_adapter.verify.answers import CLASSES, Batch, answer, distances, greedy
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, undecided
 from merge_adapter.verify.lazy import Fill, lazy_content, set_tensor, widen
@@ -96,11 +96,13 @@ def run_reference_arms(
         reference = ask(model)
         written = None
         if prompts is not None and greedy_tokens:
-            ids, gaps = greedy(model, prompts, greedy_tokens, device)
+            ids, gaps = greedy(model, prompts, greedy_tokens, device, kind)
             written = (prompts, ids, gaps)
         with model.disable_adapter():
             base = ask(model)
-            base_written = greedy(model, prompts, greedy_tokens, device)[0] if written and prompts else None
+            base_written = (
+                greedy(model, prompts, greedy_tokens, device, kind)[0] if written and prompts else None
+            )
         place_oracle(plain, expected, storage, device, once_rounded)
         oracle = ask(plain)
         ceiling = None
@@ -232,10 +234,10 @@ class Measured:
     recovery: float | None
     identical: bool
     """True when the merged model gave the oracle's answers bit for bit."""
-
-
     from_oracle: float | None
     """Mean of d(M, O), where that is what decides."""
+
+
 def judge_outputs(
     arms: Arms,
     merged: Tensor,
@@ -245,12 +247,12 @@ def judge_outputs(
     names: Sequence[str],
     confidence: float,
     seed: int,
+    settled: bool = False,
 ) -> OutputsPart:
     """Distances of all arms from R, and what follows from them. `merged` covers the first documents of `batch`.
 
     `settled`: the weights are known to be the oracle's, and the answers must be as well.
     """
-    settled: bool = False,
     part = OutputsPart()
     count = int(merged.shape[0])
     if merged.shape[1:] != arms.reference.shape[1:]:
@@ -281,9 +283,9 @@ def judge_outputs(
         measured("effect"),
         _recovery(arms, merged, batch.mask, count),
         bool(torch.equal(merged, arms.oracle[:count])),
+        _from_oracle(arms, merged, kind, batch) if settled else None,
     )
     part.findings += _rule(found, kind)
-        _from_oracle(arms, merged, kind, batch) if settled else None,
     part.evidence = {
         "kind": str(kind),
         "metric": metric(kind),
@@ -317,7 +319,7 @@ def metric(kind: str) -> str:
     """What the distance of a kind is, in words."""
     if kind == "embedding":
         return "squared distance between embeddings of norm 1"
-    if kind == "classifier":
+    if kind in CLASSES:
         return "mean squared difference of logits"
     return "KL divergence from base + adapter, nats per position"
 
@@ -347,13 +349,13 @@ def _rule(found: Measured, kind: str) -> Iterator[Finding]:
         yield undecided("outputs", "", text)
 
 
-def _recovery(arms: Arms, merged: Tensor, mask: Tensor, count: int) -> float | None:
-    """<M - B, R - B> / |R - B|^2 over real positions: 1 when the whole effect is there."""
 def _from_oracle(arms: Arms, merged: Tensor, kind: str, batch: Batch) -> float:
     count = len(merged)
     return float(distances(kind, arms.oracle[:count], merged, batch.mask[:count])["mean"].mean())
 
 
+def _recovery(arms: Arms, merged: Tensor, mask: Tensor, count: int) -> float | None:
+    """<M - B, R - B> / |R - B|^2 over real positions: 1 when the whole effect is there."""
     along = size = 0.0
     # one document at a time: all logits in fp64 would be the largest thing in memory
     for at in range(count):
@@ -371,7 +373,7 @@ def _from_oracle(arms: Arms, merged: Tensor, kind: str, batch: Batch) -> float:
 def _extras(kind: str, arms: Arms, merged: Tensor, count: int) -> dict[str, Any]:
     """Figures of one kind alone."""
     reference = arms.reference[:count]
-    if kind == "classifier":
+    if kind in CLASSES:
         flips = int((merged.argmax(-1) != reference.argmax(-1)).sum())
         return {
             "label_flips": flips,
