@@ -255,6 +255,22 @@ class GitHub:
         with _calling("look at a workflow run", "actions: read"):
             return _workflow_run(self._repo.get_workflow_run(run_id))
 
+    def artifact(self, run_id: int, name: str, *, limit: int) -> bytes | None:
+        """The newest artifact of that name which a run kept, as the zip archive that GitHub makes of it.
+
+        None when there is none or it expired. Raises GitHubError when it has more than `limit` bytes.
+        """
+        with _calling("read the artifacts of a workflow run", "actions: read"):
+            listed = islice(self._repo.get_workflow_run(run_id).get_artifacts(), _LOOK_BACK)
+            found = [one for one in listed if one.name == name and not one.expired]
+            if not found:
+                return None
+            newest = max(found, key=lambda one: one.id)
+            # The client follows redirects to GitHub's own hosts only, and artifacts are stored elsewhere. The address
+            # is signed: the token stays here.
+            headers, _ = self._client.requester.requestJsonAndCheck("GET", newest.archive_download_url)
+            return _download(str(headers.get("location", "")), name, limit)
+
     def cancel_run(self, run_id: int) -> None:
         """Stop a run; nothing when it has ended."""
         with _calling("cancel a workflow run", "actions: write"):
@@ -275,6 +291,23 @@ class GitHub:
             for issue in islice(newest_first, _LOOK_BACK)
             if issue.pull_request is None and issue.user is not None and issue.user.login == self.login
         ]
+
+
+def _download(url: str, name: str, limit: int) -> bytes:
+    """What lies at an address that GitHub signed."""
+    import requests
+
+    with requests.get(url, timeout=_TIMEOUT, stream=True) as answer:
+        answer.raise_for_status()
+        content = b""
+        for chunk in answer.iter_content(1 << 16):
+            content += chunk
+            if len(content) > limit:
+                raise GitHubError(
+                    f"the artifact {name} has more than {limit:,} bytes",
+                    hint="Keep only the outputs and reports of merge-adapter in it; see docs/examples/dispatch.yml.",
+                )
+    return content
 
 
 def _workflow_run(run: Any) -> WorkflowRun:

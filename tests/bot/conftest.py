@@ -84,6 +84,7 @@ def settings_for(url: str, data: Path, **changes: Any) -> BotSettings:
         "lease_seconds": 3.0,
         "first_wait": 0.2,
         "poll_seconds": 0.3,
+        "probe_tokens": 64,
         "name": "merge-adapter",
     }
     return BotSettings(**{**facts, **changes})

@@ -1,20 +1,18 @@
-"""Jobs elsewhere: on Hugging Face Jobs (run by the embedded Hub as processes) and on GitHub Actions."""
+"""Jobs elsewhere, on Hugging Face Jobs (run by the embedded Hub as processes), and what workers make of outcomes."""
 
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merge_adapter.bot.jobs import Job, JobKind, JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.jobs import Job, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.runners.base import REPORT_FILE, Interrupted, Watch, arguments_of, outcome_of
@@ -164,161 +162,6 @@ def test_a_cancelled_job_is_cancelled_there(
         assert find_job(store, job_id).state is JobState.CANCELLED
     (remote,) = Hub(hub.url, "hf_ada").api.list_jobs(namespace="ada")
     assert str(getattr(remote.status.stage, "value", remote.status.stage)) == "CANCELED"
-
-
-# ------------------------------------------------------------------------------------------------ GitHub
-
-
-class _GitHub:
-    """The routes of GitHub's REST API that the runner uses, with a workflow that merges when dispatched.
-
-    As on GitHub, a dispatch is answered before its run exists, and names none.
-    """
-
-    def __init__(self, work: Any) -> None:
-        self.dispatches: list[dict[str, Any]] = []
-        self.runs: list[dict[str, Any]] = []
-        self.cancelled: list[int] = []
-        self._work = work
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                found = re.fullmatch(r"/repos/ada/ci/actions/runs(?:/(\d+))?(?:\?.*)?", self.path)
-                if found is None:
-                    self._answer(404, {"message": "Not Found"})
-                elif found[1]:
-                    self._answer(200, outer.runs[int(found[1]) - 1])
-                else:
-                    assert "event=repository_dispatch" in self.path
-                    self._answer(200, {"total_count": len(outer.runs), "workflow_runs": outer.runs[::-1]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-                if self.path == "/repos/ada/ci/dispatches":
-                    assert self.headers["Authorization"] == "token gh_secret"
-                    outer.dispatches.append(body)
-                    threading.Thread(target=outer._run, args=(body["client_payload"],)).start()
-                    self._answer(204, None)
-                else:
-                    outer.cancelled.append(int(self.path.split("/")[-2]))
-                    self._answer(202, {})
-
-            def _answer(self, status: int, body: Any) -> None:
-                raw = b"" if body is None else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def _run(self, payload: dict[str, Any]) -> None:
-        time.sleep(0.3)
-        number = len(self.runs) + 1
-        run = {
-            "id": number,
-            "display_title": f"merge {payload['adapter']} ({payload['job']})",
-            "html_url": f"{self.url}/ada/ci/actions/runs/{number}",
-            "url": f"{self.url}/repos/ada/ci/actions/runs/{number}",
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "status": "in_progress",
-            "conclusion": None,
-        }
-        self.runs.append(run)
-        conclusion = self._work(payload)
-        run.update(status="completed", conclusion=conclusion)
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def _github_job(tmp_path: Path, request: JobRequest) -> Job:
-    with Store(tmp_path / "db") as store:
-        queue = Queue(store)
-        queue.submit(request)
-        lease = queue.claim("w")
-        assert lease is not None
-        return lease.job
-
-
-def _run_on_github(settings: Any, job: Job, tmp_path: Path) -> tuple[Outcome | Interrupted, Watch]:
-    watch = Watch(tmp_path / "job", "")
-    try:
-        return runner_for(settings).run(job, settings.token, watch, slot=0), watch
-    finally:
-        watch.close()
-
-
-def test_a_merge_on_github_actions(hub: Any, tmp_path: Path, push_adapter: Any, make_settings: Any) -> None:
-    """Dispatched with adapter and commit, found by its title, and what it published read back from the Hub."""
-    from merge_adapter.bot.runners.local import LocalRunner
-
-    repo_id, sha = push_adapter("ada/on-github")
-    local = make_settings(hub.url, tmp_path / "bot")
-
-    def work(payload: dict[str, Any]) -> str:
-        """What the action does there: merge and publish with a token of its own."""
-        assert (payload["adapter"], payload["revision"]) == (repo_id, sha)
-        watch = Watch(tmp_path / "there", "hf_ada")
-        outcome = LocalRunner(local).run(job, "hf_ada", watch, slot=0)
-        watch.close()
-        return "success" if isinstance(outcome, Outcome) and outcome.exit_code == 0 else "failure"
-
-    job = _github_job(tmp_path, JobRequest(repo_id, sha, Source.WEBHOOK))
-    github = _GitHub(work)
-    settings = replace(
-        local,
-        runner=RunnerKind.GITHUB,
-        github_repository="ada/ci",
-        github_token="gh_secret",
-        github_api=github.url,
-    )
-    try:
-        outcome, watch = _run_on_github(settings, job, tmp_path)
-        assert isinstance(outcome, Outcome) and outcome.state is JobState.DONE and outcome.verdict == "pass"
-        assert outcome.publication is not None and outcome.publication["repo"] == f"{repo_id}-merged"
-        assert watch.remote == "1" and len(github.dispatches) == 1
-        assert github.dispatches[0]["event_type"] == "merge-adapter"
-        again, _ = _run_on_github(settings, replace(job, remote="1"), tmp_path)  # a worker that came later
-        assert isinstance(again, Outcome) and again.state is JobState.DONE and len(github.dispatches) == 1
-    finally:
-        github.close()
-
-
-def test_a_failed_run_and_what_cannot_run_there(tmp_path: Path, make_settings: Any) -> None:
-    github = _GitHub(lambda payload: "failure")
-    settings = replace(
-        make_settings("http://127.0.0.1:9", tmp_path / "bot"),
-        runner=RunnerKind.GITHUB,
-        github_repository="ada/ci",
-        github_token="gh_secret",
-        github_api=github.url,
-    )
-    try:
-        job = _github_job(tmp_path, JobRequest("ada/x", "a" * 40, Source.WEBHOOK))
-        outcome, _ = _run_on_github(settings, job, tmp_path)
-        assert (
-            isinstance(outcome, Outcome)
-            and outcome.state is JobState.FAILED
-            and "/actions/runs/1" in outcome.message
-        )
-        for request in (
-            replace(job.request, token=b"sealed"),
-            replace(job.request, kind=JobKind.VERIFY, options=JobOptions(merged="a/b")),
-        ):
-            with pytest.raises(InputError):
-                _run_on_github(settings, replace(job, request=request), tmp_path)
-        assert len(github.dispatches) == 1
-    finally:
-        github.close()
 
 
 @pytest.mark.parametrize("kind", [RunnerKind.GITHUB, RunnerKind.HF_JOBS])

@@ -211,6 +211,16 @@ def github_api(prism: str) -> Iterator[GitHubApi]:
     assert not api.failures, api.failures
 
 
+class _Still(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: those of the description's examples leave this machine."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Still)
+
+
 def _handler(api: GitHubApi, prism: str) -> type[BaseHTTPRequestHandler]:
     class Recorder(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -272,7 +282,7 @@ def _handler(api: GitHubApi, prism: str) -> type[BaseHTTPRequestHandler]:
                 prism + self.path, data=data or None, headers=headers, method=self.command
             )
             try:
-                with urllib.request.urlopen(forward, timeout=30) as response:
+                with _OPENER.open(forward, timeout=30) as response:
                     status, body = response.status, response.read()
             except urllib.error.HTTPError as error:
                 with error:

@@ -63,6 +63,9 @@ class BotSettings:
     devices: tuple[str, ...] = _knob(
         ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1."
     )
+    probe_tokens: int = _knob(
+        0, "local, hf-jobs: tokens for the output test; 0: 512 on a CPU, 2048 on a GPU."
+    )
     job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.")
     log_file: str = _knob("", "File for the log's lines; empty: standard error.")
     lease_seconds: float = _knob(
@@ -96,7 +99,13 @@ class BotSettings:
     poll_seconds: float = _knob(5.0, "github, hf-jobs: seconds between two looks at a remote job.")
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("attempts", 1), ("jobs_per_user", 1), ("max_body", 1024)):
+        for name, least in (
+            ("workers", 0),
+            ("probe_tokens", 0),
+            ("attempts", 1),
+            ("jobs_per_user", 1),
+            ("max_body", 1024),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"the setting {name} is {getattr(self, name)}, expected at least {least}")
         if self.lease_seconds <= 0 or self.job_timeout <= 0:

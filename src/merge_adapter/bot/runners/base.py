@@ -116,6 +116,7 @@ def arguments_of(job: Job, settings: BotSettings, *, device: str = "auto") -> li
         "--dtype": options.dtype.value if options.dtype is not DType.AUTO else None,
         "--target-repo": options.target_repo,
         "--license": options.license,
+        "--probe-tokens": str(settings.probe_tokens or ""),
         "--device": device,
     }
     for name, value in chosen.items():

@@ -1,17 +1,19 @@
 """Jobs on GitHub Actions: a `repository_dispatch` to a repository whose workflow runs the action.
 
 GitHub does not say which run a dispatch started, so the workflow tells: its `run-name` carries the job's id from
-`client_payload.job`. What the run published is read back from the Hub, where it is.
+`client_payload.job`. How it ended is read from the artifact that the workflow uploads, verdict, error and report;
+without one, what a successful run published is looked for on the Hub.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from merge_adapter.bot.jobs import Job, JobKind, JobState, Outcome
-from merge_adapter.bot.runners.base import Interrupted, Watch, keep_report
+from merge_adapter.bot.runners import artifact
+from merge_adapter.bot.runners.base import Interrupted, Watch, keep_report, outcome_of
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import ExitCode, GitHubError, InputError
 from merge_adapter.github import GitHub, WorkflowRun
@@ -102,10 +104,23 @@ class GitHubRunner:
         }
 
     def _outcome(self, job: Job, run: WorkflowRun, token: str, watch: Watch) -> Outcome:
-        if run.conclusion != "success":
-            state = JobState.CANCELLED if run.conclusion == "cancelled" else JobState.FAILED
-            message = f"the workflow run ended with {run.conclusion}: {run.url}"
-            return Outcome(state, int(ExitCode.BUG), message, "Its summary carries the verdict or the error.")
+        if run.conclusion == "cancelled":
+            return Outcome(JobState.CANCELLED, message=f"the workflow run was cancelled: {run.url}")
+        archive = self._github.artifact(run.id, artifact.NAME, limit=artifact.LIMIT)
+        result = artifact.read_result(archive, job.request) if archive is not None else None
+        if result is not None:
+            return _reported(result, run, watch)
+        if run.conclusion == "success":
+            return self._published(job, run, token, watch)
+        return Outcome(
+            JobState.FAILED,
+            int(ExitCode.BUG),
+            f"the workflow run ended with {run.conclusion} and left no result: {run.url}",
+            f"Its log tells why. The artifact {artifact.NAME} would: see docs/examples/dispatch.yml.",
+        )
+
+    def _published(self, job: Job, run: WorkflowRun, token: str, watch: Watch) -> Outcome:
+        """What a run that succeeded without leaving a result put on the Hub."""
         hub = Hub(self._settings.endpoint or None, token or None)
         request, options = job.request, job.request.options
         source = SourceRequest(
@@ -129,3 +144,14 @@ class GitHubRunner:
         return Outcome(
             JobState.DONE, 0, verdict=verdict, publication=publication_entry(published.publication)
         )
+
+
+def _reported(result: artifact.RunResult, run: WorkflowRun, watch: Watch) -> Outcome:
+    """The outcome that the action itself reported."""
+    report = result.report or {}
+    if report:
+        keep_report(watch.folder, report)
+    outcome = outcome_of(result.exit_code, {**report, **({"error": result.error} if result.error else {})})
+    if outcome.exit_code == 0:
+        return outcome
+    return replace(outcome, hint=f"{outcome.hint} The run: {run.url}".strip())

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from merge_adapter.bot.jobs import Job, JobState, Outcome
@@ -36,7 +37,7 @@ class LocalRunner:
     def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
         """See `Runner`. Folders of this machine cannot be meant: the job's working directory is empty."""
         arguments = arguments_of(job, self._settings, device=self._settings.device_of(slot))
-        empty = tempfile.mkdtemp(prefix="merge-adapter-job-")
+        empty = _own_folder(job.id)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "merge_adapter.bot.runners.child", *arguments],
@@ -44,7 +45,7 @@ class LocalRunner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=empty,
-                env=self._environment(token),
+                env={**self._environment(token), "TMPDIR": empty},
                 start_new_session=True,  # Ctrl-C is for the server, which hands leases back
             )
             return self._follow(process, watch)
@@ -91,6 +92,14 @@ class LocalRunner:
         document = _document(b"".join(printed))
         keep_report(watch.folder, document)
         return outcome_of(process.returncode, document, last_line=_telling(last, process.returncode))
+
+
+def _own_folder(job_id: str) -> str:
+    """An empty folder for the job's work. Those of earlier attempts, whose worker was killed, are removed."""
+    prefix = f"merge-adapter-job-{job_id}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=prefix)
 
 
 def withheld(name: str) -> bool:
