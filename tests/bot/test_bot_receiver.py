@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import statistics
 import time
@@ -16,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from merge_adapter.bot.intake import adapter_folders
 from merge_adapter.bot.jobs import JobKind, JobState, Source
 from merge_adapter.bot.probe import probe
 from merge_adapter.bot.rows import list_jobs
@@ -113,9 +115,68 @@ def test_a_push_that_changes_no_adapter_starts_nothing(
     send(bot.webhook_url, push_event("ada/no-adapter", plain.oid))
     send(bot.webhook_url, push_event("ada/does-not-exist", "c" * 40))
     notes = settled(bot, eventually)
-    assert notes[:2] == ["the adapter itself did not change", "no adapter, or several, in the repository"]
+    assert notes[:2] == ["the adapter itself did not change", "no adapter in the repository"]
     assert "does-not-exist" in notes[2]
     assert jobs(bot) == []
+
+
+def test_each_adapter_of_a_repository_is_a_job_of_its_own(
+    bot: RunningBot,
+    api: Any,
+    lm_adapter: Path,
+    push_adapter: Any,
+    push_event: Any,
+    send: Any,
+    eventually: Any,
+    tmp_path: Path,
+) -> None:
+    """All at the first push; then those whose files changed, whose older jobs alone are replaced."""
+    folder = tmp_path / "several"
+    for name in ("a", "b/c"):
+        shutil.copytree(lm_adapter, folder / name)
+    repo_id, first = push_adapter("ada/several", folder=folder)
+    send(bot.webhook_url, push_event(repo_id, first))
+    settled(bot, eventually)
+
+    def found() -> set[tuple[str, str, JobState]]:
+        return {
+            (job.request.subfolder, job.request.revision, job.state) for job in list_jobs(bot.queue.store)
+        }
+
+    assert found() == {("a", first, JobState.QUEUED), ("b/c", first, JobState.QUEUED)}
+    config = json.loads((folder / "a" / "adapter_config.json").read_text())
+    changed = json.dumps({**config, "inference_mode": not config.get("inference_mode")}).encode()
+    done = api.upload_file(repo_id=repo_id, path_in_repo="a/adapter_config.json", path_or_fileobj=changed)
+    send(bot.webhook_url, push_event(repo_id, done.oid, old=first))
+    assert "2 adapters were pushed" in settled(bot, eventually)
+    assert found() == {
+        ("a", first, JobState.CANCELLED),
+        ("a", done.oid, JobState.QUEUED),
+        ("b/c", first, JobState.QUEUED),
+    }
+
+
+def test_beside_an_adapter_at_the_root_others_are_left_alone() -> None:
+    root = ("adapter_config.json", "checkpoint-5/adapter_config.json", "adapter_model.safetensors")
+    assert adapter_folders(root) == ("",)
+    assert adapter_folders(root[1:]) == ("checkpoint-5",)
+    assert adapter_folders(("my_adapter_config.json", "README.md")) == ()
+
+
+def test_a_branch_set_back_to_a_known_commit_starts_nothing(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """The earlier commit was told of before; what was made of it stands."""
+    repo_id, first = push_adapter("ada/set-back")
+    send(bot.webhook_url, push_event(repo_id, first))
+    settled(bot, eventually)
+    _, second = push_adapter("ada/set-back", change="two")
+    send(bot.webhook_url, push_event(repo_id, second, old=first))
+    settled(bot, eventually)
+    before = jobs(bot)
+    assert send(bot.webhook_url, push_event(repo_id, first, old=second))[0] == 200
+    settled(bot, eventually)
+    assert jobs(bot) == before
 
 
 def test_rewritten_history_counts_as_a_change(

@@ -1,13 +1,14 @@
 """Webhook events on their way from the answer to the look-up.
 
 An event is stored before its webhook is answered, once per key however often it is delivered; what the
-look-up decided is stored together with the job it made, in one transaction.
+look-up decided is stored together with the jobs it made, in one transaction.
 """
 
 from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -71,13 +72,15 @@ class Inbox:
         )
         return [Pending(row["id"], event_from_json(row["body"]), row["failures"]) for row in rows]
 
-    def settle(self, pending: Pending, note: str, request: JobRequest | None = None) -> Submission | None:
-        """The look-up is over: store its result and the job it asks for, both or neither."""
+    def settle(
+        self, pending: Pending, note: str, requests: Sequence[JobRequest] = ()
+    ) -> tuple[Submission, ...]:
+        """The look-up is over: store its result and the jobs it asks for, all or nothing. What became of each."""
         now = self.store.clock()
 
-        def work(db: sqlite3.Connection) -> Submission | None:
+        def work(db: sqlite3.Connection) -> tuple[Submission, ...]:
             db.execute("UPDATE events SET state = 'done', note = ? WHERE id = ?", (note, pending.id))
-            return None if request is None else submit_within(db, request, now)
+            return tuple(submit_within(db, request, now) for request in requests)
 
         return self.store.write(work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.")
 """How the names begin of the files that make an adapter: a push that changes none of them is not one."""
+_MOST_ADAPTERS = 50
+"""Adapters of one push that are merged; more are somebody's archive, and a case for `backfill`."""
 
 
 class Intake:
@@ -81,9 +83,9 @@ class Intake:
         facts = {"key": event.key, "repo": event.repo_id}
         try:
             if isinstance(event, PushEvent):
-                note, request = self._push(event)
-                submission = self.inbox.settle(pending, note, request)
-                log("event", **facts, note=_told(note, submission))
+                note, requests = self._push(event)
+                submissions = self.inbox.settle(pending, note, requests)
+                log("event", **facts, note="; ".join(_told(note, one) for one in submissions or (None,)))
             else:
                 self._comment(pending, event)
         except RemoteError as error:
@@ -104,31 +106,40 @@ class Intake:
 
     # ------------------------------------------------------------------------------------------ pushes
 
-    def _push(self, event: PushEvent) -> tuple[str, JobRequest | None]:
+    def _push(self, event: PushEvent) -> tuple[str, tuple[JobRequest, ...]]:
+        """What is to be said of a push, and a job for each adapter that it changed."""
         observed = self.inbox.store.clock()
         head = self.hub.open(event.repo_id)
-        folder = adapter_folder(head.files)
-        if folder is None:
-            return "no adapter, or several, in the repository", None
-        if event.old_sha is not None and not self._changed(head, folder, event.old_sha):
-            return "the adapter itself did not change", None
-        return "an adapter was pushed", JobRequest(
-            adapter=head.repo_id,
-            revision=head.revision,
-            source=Source.WEBHOOK,
-            ref=event.ref,
-            subfolder=folder,
-            private=head.private,
-            observed=observed,
+        folders = adapter_folders(head.files)
+        if not folders:
+            return "no adapter in the repository", ()
+        if event.old_sha is not None:
+            folders = self._changed(head, folders, event.old_sha)
+            if not folders:
+                return "the adapter itself did not change", ()
+        if len(folders) > _MOST_ADAPTERS:
+            return f"{len(folders)} adapters in one push, more than {_MOST_ADAPTERS}", ()
+        note = "an adapter was pushed" if len(folders) == 1 else f"{len(folders)} adapters were pushed"
+        return note, tuple(
+            JobRequest(
+                adapter=head.repo_id,
+                revision=head.revision,
+                source=Source.WEBHOOK,
+                ref=event.ref,
+                subfolder=folder,
+                private=head.private,
+                observed=observed,
+            )
+            for folder in folders
         )
 
-    def _changed(self, head: HubRepository, folder: str, old_sha: str) -> bool:
-        """Whether files of the adapter differ between the old commit and the head."""
+    def _changed(self, head: HubRepository, folders: Sequence[str], old_sha: str) -> tuple[str, ...]:
+        """The folders whose adapter's files differ between the old commit and the head."""
         try:
             old = self.hub.tree(head.repo_id, old_sha)
         except NotFoundError:  # rewritten history, or a commit that never was
-            return True
-        return _blobs(old, folder) != _blobs(head.entries, folder)
+            return tuple(folders)
+        return tuple(one for one in folders if _blobs(old, one) != _blobs(head.entries, one))
 
     # ---------------------------------------------------------------------------------------- comments
 
@@ -155,10 +166,11 @@ class Intake:
         self._check_author(event.repo_id, comment.author)
         observed = self.inbox.store.clock()
         head = self.hub.open(event.repo_id)
-        folder = command.subfolder or adapter_folder(head.files)
-        if folder is None:
+        folders = (command.subfolder,) if command.subfolder else adapter_folders(head.files)
+        if len(folders) != 1:
             raise InputError(
-                "this repository holds no adapter, or several", hint="Name one: --subfolder PATH"
+                f"this repository holds {len(folders) or 'no'} adapter{'s' if folders else ''}",
+                hint="Name one: --subfolder PATH",
             )
         target = command.options.target_repo
         if target and target.partition("/")[0].lower() != event.repo_id.partition("/")[0].lower():
@@ -171,7 +183,7 @@ class Intake:
             revision=head.revision,
             source=Source.COMMENT,
             kind=command.kind,
-            subfolder=folder,
+            subfolder=folders[0],
             options=command.options,
             requested_by=comment.author,
             private=head.private,
@@ -196,9 +208,9 @@ class Intake:
         )
 
     def _accept(self, pending: Pending, event: CommentEvent, request: JobRequest) -> None:
-        submission = self.inbox.settle(pending, f"{request.kind.value} asked for", request)
+        (submission,) = self.inbox.settle(pending, f"{request.kind.value} asked for", (request,))
         log("event", key=event.key, repo=event.repo_id, note=_told(request.kind.value, submission))
-        if submission is None or isinstance(submission, OverLimit):
+        if isinstance(submission, OverLimit):
             return
         known = isinstance(submission, Duplicate)
         try:
@@ -217,14 +229,15 @@ def is_final(error: RemoteError) -> bool:
     return isinstance(error, RefusedError) and status_of(error) != HTTPStatus.UNAUTHORIZED
 
 
-def adapter_folder(files: Mapping[str, object]) -> str | None:
-    """Where in a repository its one adapter lies: "" for the root; None when there is none, or no saying which."""
-    if ADAPTER_CONFIG in files:
-        return ""
-    folders = [
-        path.removesuffix(f"/{ADAPTER_CONFIG}") for path in files if path.endswith(f"/{ADAPTER_CONFIG}")
-    ]
-    return folders[0] if len(folders) == 1 else None
+def adapter_folders(files: Iterable[str]) -> tuple[str, ...]:
+    """Where in a repository its adapters lie, "" for the root. Beside one at the root others do not count: they are
+    what training left on its way there."""
+    found = tuple(sorted(path.removesuffix(ADAPTER_CONFIG) for path in files if _is_config(path)))
+    return ("",) if "" in found else tuple(folder.removesuffix("/") for folder in found)
+
+
+def _is_config(path: str) -> bool:
+    return path == ADAPTER_CONFIG or path.endswith(f"/{ADAPTER_CONFIG}")
 
 
 def _blobs(entries: Mapping[str, RepoFile], folder: str) -> dict[str, str]:

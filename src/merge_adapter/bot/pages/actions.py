@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
 
 from merge_adapter.bot.app import Parts
-from merge_adapter.bot.intake import adapter_folder
+from merge_adapter.bot.intake import adapter_folders
 from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages.forms import Wish, read_wish
@@ -97,10 +97,10 @@ def _request(wish: Wish, session: Session, parts: Parts) -> JobRequest:
     observed = parts.queue.store.clock()
     hub = Hub(parts.settings.endpoint or None, _token(session, parts), patience=_PATIENCE)
     head = hub.open(wish.adapter, revision=wish.revision)
-    folder = wish.subfolder or adapter_folder(head.files)
-    if folder is None:
+    folders = (wish.subfolder,) if wish.subfolder else adapter_folders(head.files)
+    if len(folders) != 1:
         raise InputError(
-            f"{head.repo_id} holds no adapter, or several",
+            f"{head.repo_id} holds {len(folders) or 'no'} adapter{'s' if folders else ''}",
             hint="Name the folder that holds adapter_config.json.",
         )
     return JobRequest(
@@ -108,7 +108,7 @@ def _request(wish: Wish, session: Session, parts: Parts) -> JobRequest:
         revision=head.revision,
         source=Source.PAGE,
         ref=f"refs/heads/{wish.revision or 'main'}",
-        subfolder=folder,
+        subfolder=folders[0],
         options=wish.options,
         requested_by=session.user,
         private=head.private,
