@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 34
+WIDTH, HEIGHT = 640, 260
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 34, 34
 MOST_POINTS = 400
 """Points of a per-tensor plot; a larger model is thinned, its extremes kept."""
 
@@ -128,11 +128,12 @@ def _cut(text: str, length: int) -> str:
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
-    parts, x = [], WIDTH - RIGHT - 190
-    for at, (name, words) in enumerate(entries):
-        y = TOP + 6 + 16 * at
-        parts.append(f'<rect class="ma-{name}" x="{x}" y="{y - 8}" width="10" height="10"/>')
-        parts.append(f'<text class="ma-d" x="{x + 15}" y="{y + 1}">{escape(words)}</text>')
+    """One row above the plot, so that it covers no data. Text cannot be measured here; 6 units a letter is ample."""
+    parts, x = [], LEFT
+    for name, words in entries:
+        parts.append(f'<rect class="ma-{name}" x="{x}" y="6" width="10" height="10"/>')
+        parts.append(f'<text class="ma-d" x="{x + 15}" y="15">{escape(words)}</text>')
+        x += 15 + 6 * len(words) + 22
     return "".join(parts)
 
 
