@@ -149,6 +149,19 @@ def test_tied_parameters_part_exactly_when_training_parted_them(
     assert_same_answers(auto, tmp_path / "merged", trained)
 
 
+def test_tokens_trained_below_an_adapted_head(tmp_path: Path) -> None:
+    """PEFT sets the embedding's trained rows in the tied head too, and adds the head's LoRA on top."""
+    import peft
+
+    base = save_base(tmp_path / "base", "llama", CAUSAL)
+    config = peft.LoraConfig(
+        r=2, target_modules=["lm_head"], trainable_token_indices={"embed_tokens": [3, 4]}
+    )
+    trained = train(load(CAUSAL, base), config, tmp_path / "adapter")
+    deploy(base, tmp_path / "adapter", tmp_path / "merged")
+    assert_same_answers(CAUSAL, tmp_path / "merged", trained)
+
+
 RESIZED: tuple[tuple[str, str, str, Mapping[str, Any], int], ...] = (
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["lm_head", "q_proj"]}, 46),
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["embed_tokens", "q_proj"]}, 51),

@@ -173,7 +173,7 @@ def _parted(context: Context, found: Ties, members: tuple[str, ...]) -> Ties:
     """Each member with a tensor of its own."""
     check_can_part(context, members)
     parted, copies = dict(found.parted), list(found.copies)
-    edits = (*_resized(found.edits, members), *found.edits)
+    edits = tuple(sorted((*_following(found.edits, members), *found.edits), key=_turn))
     changed = frozenset(edit.parameter for edit in _of(edits, members))
     for name in members:
         made = _own_tensor(context, name)
@@ -198,20 +198,36 @@ def _parted(context: Context, found: Ties, members: tuple[str, ...]) -> Ties:
     )
 
 
-def _resized(edits: Sequence[Edit], members: tuple[str, ...]) -> list[Edit]:
-    """What the frozen weight below an adapted member says of the others, which it was tied to in training.
+def _following(edits: Sequence[Edit], members: tuple[str, ...]) -> list[Edit]:
+    """What changed all members in training although the adapter's file says it of one.
 
-    PEFT saves the frozen embedding where it was resized; all members had those rows.
+    PEFT saves the frozen embedding where it was resized, and sets trained tokens below an adapted partner too.
     """
     touched = _of(edits, members)
-    frozen = [edit for edit in touched if edit.follows_ties and edit.arithmetic is None]
+    frozen = [edit for edit in touched if edit.follows_ties and edit.arithmetic is None][:1]
+    tokens = [edit for edit in touched if edit.follows_ties and edit.arithmetic is not None][:1]
     replaced = {edit.parameter for edit in touched if edit.arithmetic is None}
+    whole = replaced - {edit.parameter for edit in touched if edit.follows_ties and edit.arithmetic is None}
+    own = {edit.parameter for edit in touched if edit.follows_ties and edit.arithmetic is not None}
     return [
-        replace(edit, parameter=name, counted=False)
-        for name in members
-        if name not in replaced
-        for edit in frozen[:1]
+        *(
+            replace(edit, parameter=name, counted=False)
+            for edit in frozen
+            for name in members
+            if name not in replaced
+        ),
+        *(
+            replace(edit, parameter=name, counted=False)
+            for edit in tokens
+            for name in members
+            if name not in own | whole
+        ),
     ]
+
+
+def _turn(edit: Edit) -> int:
+    """Whole tensors first, then single rows, then what is added to them."""
+    return 0 if edit.arithmetic is None else 1 if edit.follows_ties else 2
 
 
 def _own_tensor(context: Context, parameter: str) -> TensorSpec | None:
