@@ -280,3 +280,16 @@ def test_outputs_alone_see_a_merge_that_did_nothing(
     right = made(name, "fp32")
     result = right.judge(right.spoiled(tmp_path / "no-op", 0.0))
     assert result.evidence["outputs"]["verdict"] == "fail", result.reasons
+
+
+@pytest.mark.parametrize("name", ["llava", "whisper", "t5"])
+def test_media_and_prompts_reach_the_process_of_the_merged_model(
+    name: str, made: Callable[[str, str], Made]
+) -> None:
+    """Alone, without PEFT, it is given the same pictures, sounds and prompts, and the report says what they were."""
+    result = made(name, "bf16").judge(isolated=True)
+    assert result.verdict is Verdict.PASS, result.reasons
+    said = {"llava": "after a picture made by code", "whisper": "spectrograms made by code", "t5": "text"}
+    assert said[name] in result.evidence["probes"]["source"]
+    if name == "t5":
+        assert result.evidence["greedy"]["equal"] == 2

@@ -129,9 +129,10 @@ def _outputs(section: Mapping[str, Any]) -> Row:
         return Row("outputs", _result(section), "not compared")
     what = "KL" if str(section["metric"]).startswith("KL") else "distance"
     error, noise, effect = section["error"], section["noise"], section["effect"]
+    extent = f"{section['tokens']:,} tokens" if section["tokens"] else f"{section['documents']:,} documents"
     text = (
         f"{what} to base + adapter {error['mean']:.2g} (rounding noise {noise['mean']:.2g}, "
-        f"effect of the adapter {effect['mean']:.2g}) over {section['tokens']:,} tokens"
+        f"effect of the adapter {effect['mean']:.2g}) over {extent}"
     )
     if "label_flips" in section:
         text += f"; {section['label_flips']} labels flipped, {section['label_flips_base']} by the base"

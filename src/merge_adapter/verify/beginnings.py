@@ -20,7 +20,9 @@ _STOPS = "\u3002\uff01\uff1f"
 
 _CLOSING = "[\"\u201d\u00bb\u2019')]*"
 
-_SENTENCE = re.compile(rf"[^{_STOPS}]*[{_STOPS}]{_CLOSING}|.*?[.!?]{_CLOSING}(?=\s|$)", re.DOTALL)
+_SENTENCE = re.compile(
+    rf"[^{_STOPS}]*[{_STOPS}]{_CLOSING}|.*?(?:[!?]|(?<!\d)[.]){_CLOSING}(?=\s|$)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ from merge_adapter.verify.loading import (
     stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
-from merge_adapter.verify.provenance import judge_provenance
+from merge_adapter.verify.processors import judge_processors
+from merge_adapter.verify.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.quantized import dequantized_folder, stated
 from merge_adapter.verify.sentences import MODULES, source_of
 from merge_adapter.verify.settings import VerifySettings
@@ -104,6 +105,7 @@ class Gate:
             adapted = adapt(base.model, self.sources, files)
         self._adapter_findings(adapted)
         self.findings += judge_provenance(self.sources)
+        self.findings += judge_processors(self.merged, self.sources)
         expected = expectations(adapted.model, self.sources, files)
         self.findings += [undecided("adapter", "", text) for text in expected.disagreements]
         merged = self._load_merged(kind)
@@ -222,6 +224,7 @@ class Gate:
         part = judge_tensors(expected, model, self.sources, self.progress)
         self.findings += part.findings
         updated = [entry for entry in part.tensors if entry.kind == "update"]
+        self.findings += judge_effect([entry.effect for entry in updated])
         self.evidence["weights"] = {
             "verdict": str(verdict(part.findings)),
             "tensors": len(part.tensors),

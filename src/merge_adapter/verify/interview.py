@@ -25,7 +25,7 @@ from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
 from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
-from merge_adapter.verify.provenance import judge_likelihood, likelihood
+from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies, likelihood
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
@@ -140,7 +140,7 @@ class Interview:
             device=torch.device(self.device),
         )
         if isinstance(found, Probes):
-            text = f"{len(found.batch)} documents were compared: {found.source}; their preparation was not compared"
+            text = f"{len(found.batch)} documents were compared: {found.source}; no processor was run"
             self.findings.append(note("outputs", "", text))
         return found
 
@@ -276,6 +276,10 @@ class Interview:
         if source is None:
             return
         expected = survey(source, questions.texts, questions.conversations, trust=self._trust)
+        sources = self.subject.sources
+        if sources.tokenizer is not None and sources.tokenizer.origin != sources.base.repository.origin:
+            own = survey(self.subject.base_folder, questions.texts, (), trust=self._trust)
+            self.findings += judge_vocabularies(expected, own)
         found = list(judge_tokenizer(merged.tokenizer, expected, embeddings=self.subject.embeddings))
         self.findings += found
         self.evidence["tokenizer"] = {

@@ -345,7 +345,9 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             NotImplementedError,
             OSError,
         ) as error:
-            raise MethodError(f"PEFT cannot put this adapter on its base: {error}") from error
+            foreign = "size mismatch" in str(error)
+            hint = "Its shapes belong to another base: name the one it was trained on." if foreign else ""
+            raise MethodError(f"PEFT cannot put this adapter on its base: {error}", hint=hint) from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
 

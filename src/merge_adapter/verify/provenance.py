@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from merge_adapter.packaging.metadata import read_card
 from merge_adapter.types import Adapter, Resolved
 from merge_adapter.verify.findings import Finding, warning
 
 
 def judge_provenance(sources: Resolved) -> Iterator[Finding]:
-    """What the adapters' configs record of their base, against the base in hand."""
+    """What the adapters' configs and cards record of their base, against the base in hand."""
     for adapter in sources.adapters:
         yield from _recorded(adapter, sources)
+        yield from _carded(adapter, sources)
 
 
 def _recorded(adapter: Adapter, sources: Resolved) -> Iterator[Finding]:
     origin = sources.base.repository.origin
     named = adapter.config.get("base_model_name_or_path")
-    if (
-        isinstance(named, str)
-        and origin.repo_id
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", named)
-        and named != origin.repo_id
-    ):
+    if origin.repo_id and _is_id(named) and named != origin.repo_id:
         text = f"the adapter names {named} as its base, it was judged on {origin.repo_id}"
         yield warning("adapter", "base model", text)
     revision = adapter.config.get("revision")
@@ -37,6 +35,44 @@ def _recorded(adapter: Adapter, sources: Resolved) -> Iterator[Finding]:
     ):
         text = f"the adapter was trained on revision {revision[:12]}, it was judged on {str(origin.revision)[:12]}"
         yield warning("adapter", "base model", text)
+
+
+def _carded(adapter: Adapter, sources: Resolved) -> Iterator[Finding]:
+    """The card counts where the config names no repository: trained from a local folder, for example."""
+    base = sources.base.repository.origin.repo_id
+    if not base or _is_id(adapter.config.get("base_model_name_or_path")):
+        return
+    named = read_card(adapter.repository).metadata.get("base_model")
+    listed = [name for name in (named if isinstance(named, list) else [named]) if _is_id(name)]
+    if listed and base not in listed:
+        text = f"the adapter's card names {listed[0]} as its base, it was judged on {base}"
+        yield warning("adapter", "base model", text)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+
+
+def judge_effect(effects: Sequence[float]) -> Iterator[Finding]:
+    """Updates larger than the weights they change: fine-tuning does not do that, a foreign scale or base may."""
+    finite = sorted(effect for effect in effects if math.isfinite(effect))
+    if finite and (median := finite[len(finite) // 2]) > 1:
+        text = f"half of its updates are larger than the weights they change (median {median:.3g} times)"
+        yield warning("adapter", "base model", f"{text}: was the adapter trained on this base?")
+
+
+def judge_vocabularies(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Finding]:
+    """Two surveys of tokenizers: an adapter that comes with one which reads nothing as the base's does."""
+    if "error" in adapter or "error" in base:
+        return
+    special = {*adapter["special_ids"], *base["special_ids"]}
+    pairs = [
+        tuple([token for token in ids if token not in special] for ids in pair)
+        for pair in zip(adapter["encoded"], base["encoded"], strict=True)
+    ]
+    if pairs and all(left != right for left, right in pairs):
+        text = "the adapter's tokenizer encodes every probe differently from the base's"
+        yield warning("adapter", "base model", f"{text}: was the adapter trained on this base?")
 
 
 def likelihood(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
