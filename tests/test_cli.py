@@ -301,7 +301,14 @@ def test_an_interrupted_merge_shows_no_output_and_the_next_one_finishes(
     tmp_path: Path, lm_base: Path, lm_adapter: Path, how: signal.Signals
 ) -> None:
     arguments = command("merge", lm_adapter, "--base-model", lm_base, "-o", tmp_path / "out", "-q")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where a shell runs us behind
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / ".out.partial" / "model.safetensors").exists():
         assert process.poll() is None

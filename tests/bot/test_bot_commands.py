@@ -78,7 +78,7 @@ def test_a_bad_command_says_what_is_wrong(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["--json", "-h", "a/b/c", "a//b", "a/..", "é/b", "a/b\n", "", "a/b@--x", "a/b@"]
+    "text", ["--json", "-h", "a/b/c", "a//b", "a/..", "é/b", "a/b\nc", "", "a/b@--x", "a/b@"]
 )
 def test_nothing_that_looks_like_an_option_or_a_path_is_a_reference(text: str) -> None:
     with pytest.raises(InputError):
