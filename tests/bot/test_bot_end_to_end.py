@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -120,7 +121,7 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.timeout(900)  # waits for leases and for merges that begin anew
-def test_kill_9_of_worker_and_server_ends_in_exactly_one_pull_request(
+def test_kill_9_of_worker_and_server_ends_in_exactly_one_pull_request_each(
     hub: Any,
     tmp_path: Path,
     api: Any,
@@ -131,40 +132,42 @@ def test_kill_9_of_worker_and_server_ends_in_exactly_one_pull_request(
     bot_process: Any,
     eventually: Any,
 ) -> None:
-    """Killed at random moments, first the worker, then everything: the job is carried out, once to be seen."""
-    settings = make_settings(hub.url, tmp_path / "bot", workers=1, lease_seconds=2.0, attempts=20)
-    repo_id, sha = push_adapter("ada/killed")
-    process, url = bot_process(settings)
-    assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 202
+    """Several adapters, and SIGKILL at random moments: every job is carried out, and seen once on the Hub.
+
+    Merges of a killed worker notice that it is gone, and end. Replayed webhooks start nothing.
+    """
+    settings = make_settings(hub.url, tmp_path / "bot", workers=2, lease_seconds=2.0, attempts=20)
+    pushed = dict(push_adapter(f"ada/killed-{number}") for number in range(3))
     dice = random.Random(8)
+    kinds = ["server", "worker", dice.choice(("server", "worker"))]
+    dice.shuffle(kinds)
+    process, url = bot_process(settings)
+    orphans: list[int] = []
     with Store(settings.database) as store:
-        eventually(lambda: any(job.state is JobState.RUNNING for job in list_jobs(store)))
-        time.sleep(dice.uniform(0.5, 3.0))
-        (worker,) = _children_of(process.pid)
-        merges = _children_of(worker)
-        _kill(worker)
-        # the merge notices that its worker is gone, and ends by itself
-        eventually(lambda: all(_gone(pid) for pid in merges), seconds=40)
-        eventually(
-            lambda: any(job.attempt == 2 and job.state is JobState.RUNNING for job in list_jobs(store))
-        )
-        time.sleep(dice.uniform(0.5, 3.0))
-        (worker,) = _children_of(process.pid)
-        _kill(process.pid)
-        process.wait()
-        eventually(lambda: _gone(worker), seconds=60)  # handed its lease back, and ended
-        _, url = bot_process(settings)
-        assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 200  # a replay
-        job = eventually(lambda: ended(store, repo_id))
-        assert (job.state, job.verdict) == (JobState.DONE, "pass") and job.attempt >= 2
-    assert len(list_jobs_of(settings)) == 1
-    found = pull_requests(api, "ada/killed-merged")
-    assert [one.status for one in found] == ["open"]
-
-
-def list_jobs_of(settings: Any) -> list[Any]:
-    with Store(settings.database) as store:
-        return list_jobs(store)
+        for repo_id, sha in pushed.items():
+            assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 202
+        for kind in kinds:
+            eventually(lambda: any(job.state is JobState.RUNNING for job in list_jobs(store)))
+            time.sleep(dice.uniform(0.5, 3.0))
+            (worker,) = eventually(partial(_children_of, process.pid))
+            orphans += [worker, *_children_of(worker)]
+            if kind == "worker":
+                _kill(worker)
+                continue
+            _kill(process.pid)
+            process.wait()
+            process, url = bot_process(settings)
+            for repo_id, sha in pushed.items():
+                assert send(f"{url}/webhook", push_event(repo_id, sha))[0] == 200
+        eventually(lambda: all(ended(store, repo_id) for repo_id in pushed))
+        jobs = list_jobs(store)
+        assert sorted((job.request.adapter, job.state, job.verdict) for job in jobs) == [
+            (repo_id, JobState.DONE, "pass") for repo_id in sorted(pushed)
+        ]
+        assert sum(job.attempt for job in jobs) > len(pushed)
+    eventually(lambda: all(_gone(pid) for pid in orphans), seconds=60)
+    for repo_id in pushed:
+        assert [one.status for one in pull_requests(api, f"{repo_id}-merged")] == ["open"]
 
 
 def test_a_graceful_stop_hands_the_lease_back(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -245,3 +247,18 @@ def test_a_fault_of_the_network_is_tried_again_and_a_refusal_is_not(
         "ada/bug": (JobState.FAILED, 1, 0),
     }
     assert all(answers[name] == [] for name in answers)
+
+
+@pytest.mark.parametrize("kind", list(RunnerKind))
+def test_server_and_worker_start_without_torch(kind: RunnerKind) -> None:
+    """It takes seconds and hundreds of megabytes to import, and only merges need it, which run elsewhere."""
+    program = f"""
+import sys
+import merge_adapter.bot.server, merge_adapter.bot.pages.routes
+from merge_adapter.bot.settings import BotSettings
+from merge_adapter.bot.worker import runner_for
+runner_for(BotSettings(runner={kind.value!r}, github_repository="a/b", github_token="t", jobs_image="i", token="t"))
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
