@@ -282,14 +282,46 @@ def test_outputs_alone_see_a_merge_that_did_nothing(
     assert result.evidence["outputs"]["verdict"] == "fail", result.reasons
 
 
-@pytest.mark.parametrize("name", ["llava", "whisper", "t5"])
-def test_media_and_prompts_reach_the_process_of_the_merged_model(
-    name: str, made: Callable[[str, str], Made]
-) -> None:
-    """Alone, without PEFT, it is given the same pictures, sounds and prompts, and the report says what they were."""
+@pytest.mark.parametrize("name", ["llava", "whisper"])
+def test_media_reach_the_process_of_the_merged_model(name: str, made: Callable[[str, str], Made]) -> None:
+    """Alone, without PEFT, it is given the same pictures and sounds, and the report says what they were."""
     result = made(name, "bf16").judge(isolated=True)
     assert result.verdict is Verdict.PASS, result.reasons
-    said = {"llava": "after a picture made by code", "whisper": "spectrograms made by code", "t5": "text"}
-    assert said[name] in result.evidence["probes"]["source"]
-    if name == "t5":
-        assert result.evidence["greedy"]["equal"] == 2
+    said = {"llava": "after a picture made by code", "whisper": "spectrograms made by code"}[name]
+    assert said in result.evidence["probes"]["source"]
+    assert any(said in reason for reason in result.reasons)
+
+
+def test_an_encoder_decoder_writes_what_the_reference_writes(made: Callable[[str, str], Made]) -> None:
+    """Greedy text of prompts of unequal length, over its own cache, against the teacher-forced choices."""
+    greedy = made("t5", "fp32").judge(greedy_tokens=12, greedy_prompts=4).evidence["greedy"]
+    assert greedy["equal"] == greedy["of"] == 4
+    assert greedy["tokens"] == 12
+
+
+def test_sounds_go_through_the_repository_s_feature_extractor(
+    made: Callable[[str, str], Made], sources_of: Any, tmp_path: Path
+) -> None:
+    """Where it has one that works, the model hears what its users' sounds become."""
+    import transformers
+
+    folder = Path(shutil.copytree(made("whisper", "fp32").folder, tmp_path / "whisper"))
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, hop_length=250, chunk_length=1)
+    for place in ("base", "merged"):
+        extractor.save_pretrained(folder / place)
+    result = Made(folder, sources_of(folder / "adapter", folder / "base")).judge()
+    assert result.verdict is Verdict.PASS, result.reasons
+    assert "through the repository's feature extractor" in result.evidence["probes"]["source"]
+
+
+def test_a_picture_takes_part_in_the_answer(made: Callable[[str, str], Made], tmp_path: Path) -> None:
+    """A vision tower that lost a tensor fails the outputs, though every text is read as before."""
+    right = made("llava", "fp32")
+    merged = Path(shutil.copytree(right.folder / "merged", tmp_path / "merged"))
+    tensors = load_file(merged / "model.safetensors")
+    [name] = [key for key in tensors if key.endswith("patch_embedding.weight")]
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    result = right.judge(merged)
+    assert result.verdict is Verdict.FAIL
+    assert result.evidence["outputs"]["verdict"] == "fail", result.reasons

@@ -113,12 +113,8 @@ def _pictures(config: Any) -> Probes:
 
 def _sounds(model: Any, name: str, folder: Path) -> Probes | Unfed:
     config = model.config
-    extractor = _extractor(folder)
-    if extractor is not None:
-        made = [
-            extractor(sound(at, RATE).numpy(), sampling_rate=RATE, return_tensors="pt")[name]
-            for at in range(DOCUMENTS)
-        ]
+    made = _extracted(folder, name)
+    if made:
         source = "sounds made by code, through the repository's feature extractor"
     elif name == "input_values" and not hasattr(config, "num_mel_bins"):
         made = [sound(at, RATE)[None] for at in range(DOCUMENTS)]
@@ -137,16 +133,20 @@ def _sounds(model: Any, name: str, folder: Path) -> Probes | Unfed:
     return _without_ids({name: torch.stack(made).float()}, "sound", source, frames)
 
 
-def _extractor(folder: Path) -> Any:
-    """The feature extractor in `folder`; None when there is none, or none that works here."""
+def _extracted(folder: Path, name: str) -> list[Tensor]:
+    """The sounds as the feature extractor in `folder` gives them, (1, ...) each; none when none there works here."""
     import transformers
 
     if not (folder / "preprocessor_config.json").is_file():
-        return None
+        return []
     try:
-        return transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        return [
+            torch.as_tensor(extractor(sound(at, RATE).numpy(), sampling_rate=RATE, return_tensors="pt")[name])
+            for at in range(DOCUMENTS)
+        ]
     except Exception:  # noqa: BLE001 - a foreign config, and libraries that may be absent
-        return None
+        return []
 
 
 def _with_answers(heard: Probes, model: Any, texts: tuple[Probe, ...], tokenizer: Any, seed: int) -> Probes:
