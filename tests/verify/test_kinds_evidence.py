@@ -18,7 +18,12 @@ from merge_adapter.verify.beginnings import beginnings, first_sentence
 from merge_adapter.verify.media import picture, sound
 from merge_adapter.verify.probes import shipped
 from merge_adapter.verify.processors import judge_processors
-from merge_adapter.verify.provenance import judge_effect, judge_provenance, judge_vocabularies
+from merge_adapter.verify.provenance import (
+    judge_effect,
+    judge_provenance,
+    judge_vocabularies,
+    untried_domain,
+)
 
 SPACELESS = "\u4eca\u65e5\u306f\u3002\u660e\u65e5"
 """Two words of Japanese with a full stop between them."""
@@ -101,7 +106,9 @@ def test_a_card_that_names_another_base_is_pointed_out(good: Callable[[str], Any
         "base_model_name_or_path": "/tmp/x/y"
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (adapter / "README.md").write_text("---\nbase_model: somebody/else\n---\n")
+    (adapter / "README.md").write_text(
+        "---\nbase_model: somebody/else\ndatasets: [some/data, 'x](y)']\n---\n"
+    )
     sources = right.with_sources(right.merged, adapter=adapter).sources
 
     class Named:
@@ -117,6 +124,8 @@ def test_a_card_that_names_another_base_is_pointed_out(good: Callable[[str], Any
         "base model: the adapter's card names somebody/else as its base, it was judged on demo/pydoc-llama"
     ]
     assert not list(judge_provenance(sources))
+    [said] = untried_domain(sources)
+    assert "names some/data as training data, which is not downloaded: --probes FILE" in str(said)
 
 
 def test_oversized_updates_and_foreign_tokenizers_are_pointed_out() -> None:

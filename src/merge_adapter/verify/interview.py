@@ -25,7 +25,12 @@ from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
 from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
-from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies, likelihood
+from merge_adapter.verify.provenance import (
+    judge_likelihood,
+    judge_vocabularies,
+    likelihood,
+    untried_domain,
+)
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
@@ -97,6 +102,8 @@ class Interview:
     def _probes(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | None:
         subject, seed = self.subject, self.settings.seed
         probes = self._perceived(texts, tokenizer)
+        if self.settings.probes is None:
+            self.findings += untried_domain(subject.sources)
         if isinstance(probes, Unfed):
             self._unfed(probes)
             if subject.kind is not Kind.VISION_TEXT:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from merge_adapter.packaging.metadata import read_card
 from merge_adapter.types import Adapter, Resolved
-from merge_adapter.verify.findings import Finding, warning
+from merge_adapter.verify.findings import Finding, note, warning
 
 
 def judge_provenance(sources: Resolved) -> Iterator[Finding]:
@@ -47,6 +47,23 @@ def _carded(adapter: Adapter, sources: Resolved) -> Iterator[Finding]:
     if listed and base not in listed:
         text = f"the adapter's card names {listed[0]} as its base, it was judged on {base}"
         yield warning("adapter", "base model", text)
+
+
+def untried_domain(sources: Resolved) -> Iterator[Finding]:
+    """The data sets that the adapters' cards name: they are not downloaded, and that is said."""
+    named: list[str] = []
+    for adapter in sources.adapters:
+        listed = read_card(adapter.repository).metadata.get("datasets")
+        named += [name for name in (listed if isinstance(listed, list) else [listed]) if _is_name(name)]
+    if named:
+        text = (
+            f"the card names {', '.join(dict.fromkeys(named[:3]))} as training data, which is not downloaded"
+        )
+        yield note("outputs", "probes", f"{text}: --probes FILE puts documents of that domain to the models")
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", value) is not None
 
 
 def _is_id(value: Any) -> bool:
