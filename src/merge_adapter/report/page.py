@@ -29,6 +29,7 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}code{font-size:.9em}
 .pass{color:var(--pass)}.fail{color:var(--fail)}.inconclusive{color:var(--inconclusive)}.dim{color:var(--dim)}
 svg{max-width:100%;height:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85em}
 div.scroll{overflow-x:auto}
+@media (max-width:40rem){.scroll svg{max-width:none;min-width:34rem}.scroll table.texts{min-width:34rem}}
 """
 
 
@@ -101,18 +102,18 @@ def _plots(verification: Mapping[str, Any]) -> Iterator[str]:
     if plot:
         yield "<h2>Outputs: how far from base + adapter</h2>"
         yield "<p class='dim'>The merged model should lie on the rounding noise, and both left of the base.</p>"
-        yield plot
+        yield f"<div class='scroll'>{plot}</div>"
     plot = tensors_svg(verification.get("weights", {}).get("per_tensor", ()))
     if plot:
         yield "<h2>Weights: how much of the update each tensor carries</h2>"
-        yield plot
+        yield f"<div class='scroll'>{plot}</div>"
 
 
 def _texts(greedy: Mapping[str, Any]) -> Iterator[str]:
     texts = greedy.get("texts", ())
     if not texts:
         return
-    yield "<h2>Greedy text side by side</h2><div class='scroll'><table>"
+    yield "<h2>Greedy text side by side</h2><div class='scroll'><table class='texts'>"
     yield "<tr><th>prompt</th><th>base</th><th>base + adapter</th><th>merged</th></tr>"
     for row in texts:
         cells = (row["prompt"], row.get("base") or "", row["reference"], row["merged"])
