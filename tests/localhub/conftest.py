@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from localhub.process import LocalHub
 
@@ -38,9 +37,7 @@ def xet_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = tmp_path_factory.mktemp("xet")
     old = os.environ.get("HF_XET_CACHE")
     os.environ["HF_XET_CACHE"] = str(cache)
-    disable_progress_bars()
     yield cache
-    enable_progress_bars()
     if old is None:
         del os.environ["HF_XET_CACHE"]
     else:
