@@ -9,13 +9,13 @@ import argparse
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import models
 from benchmarks.measure import Command, Samples, interleaved
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -58,17 +58,13 @@ def _options() -> argparse.Namespace:
 
 
 def _files(row: str, work: Path) -> tuple[Path, Path]:
-    """Base and adapter of a row, both in one folder of its own."""
+    """Base and adapter of a row, both in one folder of its own.
+
+    A process of its own makes them: a command inherits as its peak what the process that starts it has held.
+    """
     folder = work / row.replace(" ", "-").replace("=", "")
-    if row.endswith("MoE"):
-        return models.moe(folder)
-    size = models.SIZES[row.split()[0]]
-    base = models.base_model(size, folder / "base")
-    adapter = folder / "adapter"
-    if row.endswith("LoHa"):
-        return base, models.loha(size, base, adapter, rank=16)
-    rank = 256 if "r=256" in row else 16
-    return base, models.lora(size, base, adapter, rank=rank, dora=row.endswith("DoRA"))
+    subprocess.run([sys.executable, "-m", "benchmarks.models", row, str(folder)], check=True)
+    return folder / "base", folder / "adapter"
 
 
 def _ways(base: Path, adapter: Path, chosen: list[str]) -> list[Command]:

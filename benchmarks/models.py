@@ -7,6 +7,7 @@ making one needs little memory.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +201,21 @@ def _random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat
 def hash_of(name: str) -> int:
     """A seed that is the same in every process."""
     return int.from_bytes(name.encode()[-7:], "big")
+
+
+def make(row: str, folder: Path) -> None:
+    """Base and adapter of a row of the benchmark, in `folder`."""
+    if row.endswith("MoE"):
+        moe(folder)
+        return
+    size = SIZES[row.split()[0]]
+    base = base_model(size, folder / "base")
+    if row.endswith("LoHa"):
+        loha(size, base, folder / "adapter", rank=16)
+    else:
+        rank = 256 if "r=256" in row else 16
+        lora(size, base, folder / "adapter", rank=rank, dora=row.endswith("DoRA"))
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))
