@@ -97,8 +97,7 @@ def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: 
 
     Raises whatever a stage raises; then neither folder exists.
     """
-    check_destination(output)
-    _check_rejected(output)
+    _check_output(output)
     sources, plan = plan_merge(request, hub=hub)
     return _build(sources, plan, request, output, progress)
 
@@ -137,8 +136,7 @@ def run(
     from merge_adapter.publish import find_published, prepare, publish
 
     if output is not None:
-        check_destination(output)
-        _check_rejected(output)
+        _check_output(output)
     sources = resolve(request.source, hub=hub, quantized_base=request.settings.quantized_base)
     if publishing.publish_to is not PublishTo.NONE:
         publishing = prepare(sources, request.settings, publishing, hub=hub)
@@ -323,8 +321,12 @@ def rejected(output: Path) -> Path:
     return output.with_name(output.name + ".rejected")
 
 
-def _check_rejected(output: Path) -> None:
-    """A rejected folder of an earlier run gives way to the next; anything else of that name is not ours."""
+def _check_output(output: Path) -> None:
+    """Raise StorageError unless a merge may end at `output`, and a rejected one beside it.
+
+    A rejected folder of an earlier run gives way to the next; anything else of that name is not ours.
+    """
+    check_destination(output)
     place = rejected(output)
     if place.exists() and not (place / document.REPORT_FILE).is_file():
         raise StorageError(
