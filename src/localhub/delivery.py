@@ -44,13 +44,20 @@ class Courier:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._webhooks.wake.clear()
-            for row in self._webhooks.due():
-                with self._lock:
-                    if row["webhook"] in self._busy:
-                        continue
-                    self._busy.add(row["webhook"])
+            for row in self._take():
                 self._pool.submit(self._deliver, row)
             self._webhooks.wake.wait(self._pause())
+
+    def _take(self) -> list[sqlite3.Row]:
+        """The due deliveries of idle webhooks, which are busy from now on.
+
+        One look under the lock: a delivery that is settled between the query and the check would still be
+        in the answer, its webhook idle again, and it would be sent twice.
+        """
+        with self._lock:
+            free = [row for row in self._webhooks.due() if row["webhook"] not in self._busy]
+            self._busy.update(row["webhook"] for row in free)
+        return free
 
     def _pause(self) -> float:
         moment = self._webhooks.next_due()

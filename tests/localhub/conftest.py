@@ -124,15 +124,19 @@ class Receiver:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook"
 
-    def wait(self, count: int, seconds: float = 20.0) -> list[dict]:
+    def wait(self, count: int) -> list[dict]:
         """The payloads, as soon as there are `count` of them."""
+        return self.until(lambda payloads: len(payloads) >= count)
+
+    def until(self, enough: Callable[[list[dict]], bool], seconds: float = 120.0) -> list[dict]:
+        """The payloads, as soon as they are `enough`."""
         deadline = time.monotonic() + seconds
         with self.changed:
-            while len(self.received) < count:
+            while not enough(payloads := [payload for _, payload in self.received]):
                 left = deadline - time.monotonic()
-                assert left > 0, f"{len(self.received)} of {count} webhooks arrived: {self.received}"
+                assert left > 0, f"only these webhooks arrived in {seconds:.0f} s: {payloads}"
                 self.changed.wait(left)
-            return [payload for _, payload in self.received]
+            return payloads
 
 
 @pytest.fixture

@@ -68,6 +68,17 @@ def test_failed_deliveries_are_tried_again(alice, repo, receiver, hook):
     assert payloads[0] == payloads[1] == payloads[2]
 
 
+def test_a_burst_arrives_once_each_and_in_order(alice, repo, receiver, hook):
+    """Many events while others are under way: none lost, none twice, none before an earlier one."""
+    first = alice.create_discussion(repo, "Burst")
+    for number in range(100):
+        alice.comment_discussion(repo, first.num, str(number))
+    alice.change_discussion_status(repo, first.num, "closed")
+    payloads = receiver.until(lambda payloads: payloads and payloads[-1]["event"]["action"] == "update")
+    spoken = [p["comment"]["content"] for p in payloads if p["event"]["scope"] == "discussion.comment"]
+    assert spoken == [str(number) for number in range(100)]
+
+
 def test_slow_or_dead_receivers_hold_up_nobody(alice, repo, receiver, hook):
     """A webhook that nobody takes does not keep the others, or the commit, waiting."""
     dead = alice.create_webhook(url="http://127.0.0.1:9/none", watched=[{"type": "user", "name": "alice"}])
