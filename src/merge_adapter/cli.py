@@ -21,28 +21,23 @@ from merge_adapter import __version__
 from merge_adapter import options as opt
 from merge_adapter.bot.cli import add_commands
 from merge_adapter.errors import ExitCode, MergeAdapterError, NotEquivalentError
-from merge_adapter.types import (
-    Combination,
-    CombinationType,
-    DType,
-    MajoritySign,
-    MergeSettings,
-    OnFail,
-    PublishTo,
-    QuantizedBase,
-    SoftPrompt,
-    Strategy,
-    Verdict,
+from merge_adapter.option_groups import (
+    BaseOptions,
+    CombineOptions,
+    GateOptions,
+    MergeOptions,
+    OutputOptions,
+    PublishOptions,
+    grouped,
 )
+from merge_adapter.types import DType, QuantizedBase, SoftPrompt, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from merge_adapter.hub import Hub
-    from merge_adapter.pipeline import MergeRequest
-    from merge_adapter.resolve import SourceRequest
+    from merge_adapter.pipeline import MergeRequest, RunOutcome
     from merge_adapter.types import Progress
-    from merge_adapter.verify.settings import VerifySettings
 
 app = typer.Typer(
     name="merge-adapter",
@@ -98,47 +93,31 @@ def run(arguments: list[str]) -> int:
 
 
 @app.command()
+@grouped
 def merge(
     adapter: opt.AdapterArgument,
     output: opt.OutputFolder,
-    base_model: opt.BaseModelOption = None,
-    base_revision: opt.BaseRevision = None,
-    subfolder: opt.Subfolder = "",
+    base: BaseOptions,
     adapters: opt.MoreAdapters = None,
-    weights: opt.Weights = None,
-    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
-    density: opt.Density = None,
-    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
-    svd_rank: opt.SvdRank = None,
-    seed: opt.CombinationSeed = 0,
-    dtype: opt.DTypeOption = DType.AUTO,
+    *,
+    combine: CombineOptions,
+    how: MergeOptions,
     device: opt.DeviceOption = "auto",
-    strategy: opt.StrategyOption = Strategy.AUTO,
-    quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
-    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
-    trust_remote_code: opt.TrustRemoteCode = False,
     no_verify: opt.NoVerify = False,
-    probe_tokens: opt.ProbeTokens = None,
-    probes: opt.Probes = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    gate: GateOptions,
+    show: OutputOptions,
 ) -> None:
     """Merge into a folder: weights, tokenizer, card, merge_report.json. Verified unless told otherwise."""
     from merge_adapter.pipeline import merge_to_folder
     from merge_adapter.report.terminal import show_merged
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
-    gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
-    combined = Combination(combination, density, majority_sign, svd_rank, seed)
-    named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
     merged = merge_to_folder(
-        _request(source, settings, gate, device),
+        _request([adapter, *(adapters or ())], base, combine, how, None if no_verify else gate, device),
         output,
         hub=_hub(),
-        progress=_progress(json=json, quiet=quiet),
+        progress=_progress(show),
     )
-    if json:
+    if show.json:
         _print_json(merged.report)
     else:
         show_merged(_console(), merged)
@@ -146,52 +125,44 @@ def merge(
         raise _not_equivalent(
             merged.verification.verdict, f"the merge is left for inspection in {merged.folder}"
         )
-    if not json:
+    if not show.json:
         _say(f"merged into {output}")
 
 
 @app.command()
+@grouped
 def verify(
     merged: opt.MergedArgument,
     adapter: opt.AdapterOption,
-    base_model: opt.BaseModelOption = None,
-    base_revision: opt.BaseRevision = None,
-    subfolder: opt.Subfolder = "",
-    weights: opt.Weights = None,
-    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
-    density: opt.Density = None,
-    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
-    svd_rank: opt.SvdRank = None,
-    seed: opt.CombinationSeed = 0,
+    base: BaseOptions,
+    combine: CombineOptions,
     merged_subfolder: opt.MergedSubfolder = "",
     dtype: opt.DTypeOption = DType.AUTO,
     quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
     device: opt.DeviceOption = "auto",
     trust_remote_code: opt.TrustRemoteCode = False,
-    probe_tokens: opt.ProbeTokens = None,
-    probes: opt.Probes = None,
+    *,
+    gate: GateOptions,
     mutants: opt.Mutants = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    show: OutputOptions,
 ) -> None:
     """Judge any merged checkpoint against base + adapter, whoever made it. Changes nothing."""
     from merge_adapter.pipeline import verify_merged
     from merge_adapter.report import document
     from merge_adapter.report.terminal import show_mutants, show_verdict
 
-    settings = MergeSettings(dtype=dtype, trust_remote_code=trust_remote_code)
-    combined = Combination(combination, density, majority_sign, svd_rank, seed)
+    settings = gate.settings(dtype, device, trust_remote_code=trust_remote_code)
     sources, verification = verify_merged(
         merged,
-        _source(tuple(adapter), weights, combined, base_model, base_revision, subfolder, SoftPrompt.TOKENS),
-        replace(_gate(settings, device, probe_tokens, probes), full_mutants=mutants),
+        combine.request(adapter, base, SoftPrompt.TOKENS),
+        replace(settings, full_mutants=mutants),
         hub=_hub(),
-        progress=_progress(json=json, quiet=quiet),
+        progress=_progress(show),
         subfolder=merged_subfolder,
         quantized_base=quantized_base,
     )
     report = document.verdict_only(sources, verification)
-    if json:
+    if show.json:
         _print_json(report)
     else:
         show_verdict(_console(), report["verification"])
@@ -202,34 +173,22 @@ def verify(
 
 
 @app.command()
+@grouped
 def plan(
     adapter: opt.AdapterArgument,
-    base_model: opt.BaseModelOption = None,
-    base_revision: opt.BaseRevision = None,
-    subfolder: opt.Subfolder = "",
+    base: BaseOptions,
     adapters: opt.MoreAdapters = None,
-    weights: opt.Weights = None,
-    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
-    density: opt.Density = None,
-    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
-    svd_rank: opt.SvdRank = None,
-    seed: opt.CombinationSeed = 0,
-    dtype: opt.DTypeOption = DType.AUTO,
-    strategy: opt.StrategyOption = Strategy.AUTO,
-    quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
-    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    *,
+    combine: CombineOptions,
+    how: MergeOptions,
     json: opt.Json = False,
 ) -> None:
     """Tell what a merge would do: base, method, changes, bytes, memory, disk. Reads configs and headers alone."""
     from merge_adapter.pipeline import plan_merge
     from merge_adapter.report.terminal import plan_document, show_plan
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
-    combined = Combination(combination, density, majority_sign, svd_rank, seed)
-    named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
-    sources, planned = plan_merge(_request(source, settings, None, "cpu"), hub=_hub())
+    request = _request([adapter, *(adapters or ())], base, combine, how, None, "cpu")
+    sources, planned = plan_merge(request, hub=_hub())
     if json:
         _print_json(plan_document(sources, planned))
     else:
@@ -237,108 +196,46 @@ def plan(
 
 
 @app.command(name="run")
+@grouped
 def run_(
     adapter: opt.AdapterArgument,
-    publish: opt.PublishOption = PublishTo.PULL_REQUEST,
-    target_repo: opt.TargetRepo = None,
-    private: opt.Private = None,
-    path_in_repo: opt.PathInRepo = None,
-    on_fail: opt.OnFailOption = OnFail.DRAFT,
-    license: opt.LicenseOption = None,
-    allow_base: opt.AllowBase = None,
+    publishing: PublishOptions,
     output: opt.KeepFolder = None,
-    base_model: opt.BaseModelOption = None,
-    base_revision: opt.BaseRevision = None,
-    subfolder: opt.Subfolder = "",
+    *,
+    base: BaseOptions,
     adapters: opt.MoreAdapters = None,
-    weights: opt.Weights = None,
-    combination: opt.CombinationOption = CombinationType.SEQUENTIAL,
-    density: opt.Density = None,
-    majority_sign: opt.MajoritySignOption = MajoritySign.TOTAL,
-    svd_rank: opt.SvdRank = None,
-    seed: opt.CombinationSeed = 0,
-    dtype: opt.DTypeOption = DType.AUTO,
+    combine: CombineOptions,
+    how: MergeOptions,
     device: opt.DeviceOption = "auto",
-    strategy: opt.StrategyOption = Strategy.AUTO,
-    quantized_base: opt.QuantizedBaseOption = QuantizedBase.REFUSE,
-    soft_prompt: opt.SoftPromptOption = SoftPrompt.REFUSE,
-    trust_remote_code: opt.TrustRemoteCode = False,
     no_verify: opt.NoVerify = False,
-    probe_tokens: opt.ProbeTokens = None,
-    probes: opt.Probes = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    gate: GateOptions,
+    show: OutputOptions,
 ) -> None:
     """Resolve, merge, verify and publish. The same sources and settings are published once."""
     from merge_adapter import pipeline
-    from merge_adapter.publish import PublishSettings
-    from merge_adapter.report.terminal import show_run
 
-    settings = MergeSettings(dtype, strategy, quantized_base, trust_remote_code, soft_prompt)
-    gate = None if no_verify else _gate(settings, device, probe_tokens, probes)
-    combined = Combination(combination, density, majority_sign, svd_rank, seed)
-    named = (adapter, *(adapters or ()))
-    source = _source(named, weights, combined, base_model, base_revision, subfolder, soft_prompt)
-    publishing = PublishSettings(
-        publish_to=publish,
-        target_repo=target_repo,
-        private=private,
-        path_in_repo=path_in_repo,
-        on_fail=on_fail,
-        license=license,
-        allow_base=tuple(allow_base or ()),
-    )
     outcome = pipeline.run(
-        _request(source, settings, gate, device),
-        publishing,
+        _request([adapter, *(adapters or ())], base, combine, how, None if no_verify else gate, device),
+        publishing.settings(),
         hub=_hub(),
-        progress=_progress(json=json, quiet=quiet),
+        progress=_progress(show),
         output=output,
     )
-    if json:
-        _print_json(outcome.report)
-    else:
-        show_run(_console(), outcome)
-    if outcome.verdict is not Verdict.PASS:
-        raise _not_equivalent(outcome.verdict, "nothing was offered as ready")
+    _show_outcome(outcome, show)
 
 
 @app.command()
+@grouped
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `merge-adapter merge` made.")],
-    publish: opt.PublishOption = PublishTo.PULL_REQUEST,
-    target_repo: opt.TargetRepo = None,
-    private: opt.Private = None,
-    path_in_repo: opt.PathInRepo = None,
-    on_fail: opt.OnFailOption = OnFail.DRAFT,
-    license: opt.LicenseOption = None,
-    allow_base: opt.AllowBase = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    publishing: PublishOptions,
+    show: OutputOptions,
 ) -> None:
     """Publish a folder merged earlier, by its report and under the same rules."""
     from merge_adapter import pipeline
-    from merge_adapter.publish import PublishSettings
-    from merge_adapter.report.terminal import show_run
 
-    publishing = PublishSettings(
-        publish_to=publish,
-        target_repo=target_repo,
-        private=private,
-        path_in_repo=path_in_repo,
-        on_fail=on_fail,
-        license=license,
-        allow_base=tuple(allow_base or ()),
-    )
-    outcome = pipeline.publish_folder(
-        folder, publishing, hub=_hub(), progress=_progress(json=json, quiet=quiet)
-    )
-    if json:
-        _print_json(outcome.report)
-    else:
-        show_run(_console(), outcome)
-    if outcome.verdict is not Verdict.PASS:
-        raise _not_equivalent(outcome.verdict, "nothing was offered as ready")
+    outcome = pipeline.publish_folder(folder, publishing.settings(), hub=_hub(), progress=_progress(show))
+    _show_outcome(outcome, show)
 
 
 @app.command()
@@ -373,48 +270,34 @@ def _options(
         raise typer.Exit
 
 
-def _source(
-    adapters: tuple[str, ...],
-    weights: list[float] | None,
-    combination: Combination,
-    base_model: str | None,
-    base_revision: str | None,
-    subfolder: str,
-    soft_prompt: SoftPrompt,
-) -> SourceRequest:
-    from merge_adapter.resolve import SourceRequest
-
-    return SourceRequest(
-        adapters,
-        tuple(weights or ()),
-        base_model,
-        base_revision,
-        subfolder,
-        combination=combination,
-        soft_prompt=soft_prompt,
-    )
-
-
-def _gate(
-    settings: MergeSettings, device: str, probe_tokens: int | None, probes: Path | None
-) -> VerifySettings:
-    from merge_adapter.verify.settings import VerifySettings
-
-    return VerifySettings(
-        dtype=settings.dtype,
-        device=device,
-        probe_tokens=probe_tokens,
-        probes=probes,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
 def _request(
-    source: SourceRequest, settings: MergeSettings, gate: VerifySettings | None, device: str
+    adapters: list[str],
+    base: BaseOptions,
+    combine: CombineOptions,
+    how: MergeOptions,
+    gate: GateOptions | None,
+    device: str,
 ) -> MergeRequest:
     from merge_adapter.pipeline import MergeRequest
 
-    return MergeRequest(source, settings, gate, device)
+    settings = how.settings()
+    looked = (
+        None
+        if gate is None
+        else gate.settings(settings.dtype, device, trust_remote_code=settings.trust_remote_code)
+    )
+    return MergeRequest(combine.request(adapters, base, how.soft_prompt), settings, looked, device)
+
+
+def _show_outcome(outcome: RunOutcome, show: OutputOptions) -> None:
+    from merge_adapter.report.terminal import show_run
+
+    if show.json:
+        _print_json(outcome.report)
+    else:
+        show_run(_console(), outcome)
+    if outcome.verdict is not Verdict.PASS:
+        raise _not_equivalent(outcome.verdict, "nothing was offered as ready")
 
 
 def _hub() -> Hub:
@@ -423,13 +306,13 @@ def _hub() -> Hub:
     return Hub()
 
 
-def _progress(*, json: bool, quiet: bool) -> Progress:
+def _progress(show: OutputOptions) -> Progress:
     from merge_adapter.report.lines import VARIABLE, LineProgress
     from merge_adapter.report.progress import progress_for
 
     if os.environ.get(VARIABLE) == "lines":
         return LineProgress(sys.stderr)
-    return progress_for(_console(stderr=True), quiet=quiet or json)
+    return progress_for(_console(stderr=True), quiet=show.quiet or show.json)
 
 
 def _console(*, stderr: bool = False) -> Console:
