@@ -90,9 +90,6 @@ class ShardWriter:
         if self._hashed != self._size or self._waiting:
             raise AssertionError(f"{self._path.name}: {self._hashed} of {self._size} bytes were written")
         with storage_errors(self._path):
-            os.fsync(
-                self._descriptor
-            )  # a name must never be seen with holes behind it, even after a power cut
             os.close(self._descriptor)
             self._descriptor = -1
             self._temporary.rename(self._path)
