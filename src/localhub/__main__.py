@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from localhub.hub import Hub, Options, open_hub
 from localhub.oidc import parse_client, parse_publisher
 from localhub.process import TOKENS_VARIABLE
 
+_BACKLOG = 2048
+"""Connections that wait until the server takes them."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -24,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
         description="A Hugging Face Hub on 127.0.0.1: set HF_ENDPOINT to the URL it prints.",
     )
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 (default) takes a free one")
+    parser.add_argument(
+        "--wait-for-port",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to try again when the port is taken; 0 (default) gives up at once",
+    )
     parser.add_argument(
         "--data", type=Path, required=True, help="folder that keeps everything; made if missing"
     )
@@ -114,14 +126,35 @@ async def _serve(hub: Hub, listener: socket.socket) -> None:
     announcing.cancel()
 
 
+def _listen(port: int, patience: float) -> socket.socket:
+    """A socket on a port of 127.0.0.1; tried for `patience` seconds while the port is taken.
+
+    Raises:
+        OSError: it stayed taken, or may not be used.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        # asyncio turns Nagle's algorithm off only where the protocol is named; with it each answer waits 40 ms.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            # Two sockets may share a port until one of them listens: only this shows that it is free.
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return listener
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGINT or SIGTERM; the exit code."""
     options = parser().parse_args(arguments)
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it each answer waits 40 ms.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", options.port))
+        listener = _listen(options.port, options.wait_for_port)
     except OSError as error:
         sys.stderr.write(f"localhub: cannot listen on 127.0.0.1:{options.port}: {error.strerror}\n")
         return 2

@@ -1,7 +1,11 @@
 """One SQLite file for everything that is neither git nor a large file.
 
 WAL journal, so that a kill -9 at any moment loses no answered write; one connection per thread, and
-writes in IMMEDIATE transactions, so that two writers wait for each other instead of failing.
+writes in IMMEDIATE transactions, so that two writers wait for each other instead of failing. Threads of
+this process wait in a lock: SQLite's own wait is a poll that may pass over one of many writers for ever.
+
+Whoever needs a repository's lock (`GitStore.lock`) too takes that one first, so that no two wait for
+each other.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +85,7 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._local = threading.local()
+        self._writer = threading.Lock()
         connection = self._connection()
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(SCHEMA)
@@ -89,7 +94,7 @@ class Database:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             # isolation_level None: transactions begin where `writing` says, not where sqlite3 guesses.
-            connection = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+            connection = sqlite3.connect(self._path, timeout=60, isolation_level=None)
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA synchronous = NORMAL")
             self._local.connection = connection
@@ -106,18 +111,35 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: committed when the block ends, rolled back when it raises. Nests into the outer one."""
+        """A transaction: committed when the block ends, rolled back when it raises. Nests into the outer one.
+
+        What is read inside is what the writes find: nobody else writes meanwhile.
+        """
         connection = self._connection()
         if connection.in_transaction:
             yield connection
             return
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+        with self._writer:
+            connection.execute("BEGIN IMMEDIATE")
+            self._local.then = []
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                # Also after a COMMIT that failed: the transaction would stay open and keep all others out.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            then: list[Callable[[], None]] = self._local.then
+        for action in then:
+            action()
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Run `action` when the transaction of this thread is committed; at once when there is none."""
+        if self._connection().in_transaction:
+            self._local.then.append(action)
+        else:
+            action()
 
     def write(self, sql: str, *parameters: Any) -> int:
         """One statement in its own transaction; the number of rows it touched."""

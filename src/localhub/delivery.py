@@ -35,7 +35,10 @@ class Courier:
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin no more attempts; what is left goes out after the next start."""
+        """Begin no more attempts; what is left goes out after the next start.
+
+        An attempt that is under way is not waited for. If the process ends before it does, it is made again.
+        """
         self._stopping.set()
         self._webhooks.wake.set()
         self._thread.join()
@@ -44,28 +47,31 @@ class Courier:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._webhooks.wake.clear()
-            for row in self._take():
+            due, pause = self._take()
+            for row in due:
                 self._pool.submit(self._deliver, row)
-            self._webhooks.wake.wait(self._pause())
+            self._webhooks.wake.wait(pause)
 
-    def _take(self) -> list[sqlite3.Row]:
-        """The due deliveries of idle webhooks, which are busy from now on.
+    def _take(self) -> tuple[list[sqlite3.Row], float]:
+        """The due deliveries of idle webhooks, which are busy from now on, and seconds until the next is due.
 
         One look under the lock: a delivery that is settled between the query and the check would still be
         in the answer, its webhook idle again, and it would be sent twice.
         """
         with self._lock:
-            free = [row for row in self._webhooks.due() if row["webhook"] not in self._busy]
-            self._busy.update(row["webhook"] for row in free)
-        return free
-
-    def _pause(self) -> float:
-        moment = self._webhooks.next_due()
-        return _LONGEST_WAIT if moment is None else min(_LONGEST_WAIT, max(0.02, moment - time.time()))
+            idle = [row for row in self._webhooks.next_of_each() if row["webhook"] not in self._busy]
+            now = time.time()
+            due = [row for row in idle if row["due"] <= now]
+            self._busy.update(row["webhook"] for row in due)
+        later = [row["due"] - now for row in idle if row["due"] > now]
+        return due, min([_LONGEST_WAIT, *later])
 
     def _deliver(self, row: sqlite3.Row) -> None:
         try:
-            status, error = self._attempt(row)
+            try:
+                status, error = self._attempt(row)
+            except Exception as failure:  # noqa: BLE001 - whatever it was: tried again, not at once and for ever
+                status, error = None, f"{type(failure).__name__}: {failure}"
             self._webhooks.settle(row, status, error)
         finally:
             with self._lock:

@@ -1,7 +1,8 @@
 """The git side of a repository: bare repositories that any git can clone by their path.
 
-One `GitRepository` per request, since libgit2 objects are not shared between threads; writers hold the
-repository's lock (`GitStore.lock`) and libgit2 refuses a commit whose parent is no longer the tip.
+One `GitRepository` per request, since libgit2 objects are not shared between threads. Whoever moves a ref
+holds the repository's lock (`GitStore.lock`) from the look at the old tip on, so that of two writers the
+second sees what the first did; libgit2 also refuses a commit whose parent is no longer the tip.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +80,8 @@ class GitStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._locks: dict[str, threading.RLock] = {}
+        self._making = threading.Lock()
         self._trash = root.parent / "trash"
 
     def path(self, repository: Repository) -> Path:
@@ -88,8 +89,9 @@ class GitStore:
         return self._root / f"{repository.type}s" / repository.owner / f"{repository.name}.git"
 
     def lock(self, repository: Repository) -> threading.RLock:
-        """Held while refs of the repository change."""
-        return self._locks[repository.id]
+        """Held while refs of the repository change, or the place where it lies."""
+        with self._making:
+            return self._locks.setdefault(repository.id, threading.RLock())
 
     def create(self, repository: Repository, author: str) -> None:
         """A bare repository whose `main` holds one commit with `.gitattributes`."""
@@ -107,21 +109,38 @@ class GitStore:
         temporary.rename(path)
 
     def open(self, repository: Repository) -> GitRepository:
-        return GitRepository(self.path(repository))
+        """Raises FileNotFoundError when it does not lie there (any more)."""
+        path = self.path(repository)
+        try:
+            return GitRepository(path)
+        except pygit2.GitError as error:
+            if path.exists():
+                raise
+            raise FileNotFoundError(path) from error
+
+    def head(self, repository: Repository) -> str | None:
+        """The tip of `main`; None when there is none, or no repository any more."""
+        try:
+            return self.open(repository).ref(MAIN)
+        except FileNotFoundError:
+            return None
 
     def move(self, old: Repository, new: Repository) -> None:
         target = self.path(new)
+        shutil.rmtree(target, ignore_errors=True)  # what a crash left: nobody has this name now
         target.parent.mkdir(parents=True, exist_ok=True)
         self.path(old).rename(target)
 
-    def delete(self, repository: Repository) -> None:
-        """Gone at once by a rename, its space freed after."""
+    def put_away(self, repository: Repository) -> None:
+        """Free its place for another of that name; `empty_trash` frees the space."""
         self._trash.mkdir(parents=True, exist_ok=True)
-        trash = self._trash / repository.id
         path = self.path(repository)
         if path.exists():
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            path.rename(self._trash / repository.id)
+
+    def empty_trash(self, repository: Repository) -> None:
+        """Free the space of a repository that was put away."""
+        shutil.rmtree(self._trash / repository.id, ignore_errors=True)
 
 
 def _signature(name: str) -> Any:

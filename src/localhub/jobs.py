@@ -6,6 +6,7 @@ recorded but not used: what the command needs must be installed beside localhub.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,7 +82,9 @@ class Jobs:
         self._logs = logs
         self._run = run
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopping = False
         self._lock = threading.Lock()
+        """Held while a process starts, and by whoever ends processes: none slips through in between."""
         self._pool = ThreadPoolExecutor(SLOTS, thread_name_prefix="job")
         logs.mkdir(parents=True, exist_ok=True)
         # Their processes ended with the Hub, or nobody reads their output any more.
@@ -95,9 +98,15 @@ class Jobs:
         """Start what was waiting when the Hub last ended."""
         if self._run:
             for row in self._database.all(
-                "SELECT * FROM jobs WHERE stage = 'SCHEDULING' ORDER BY created_at"
+                "SELECT * FROM jobs WHERE stage = 'SCHEDULING' ORDER BY created_at, rowid"
             ):
-                self._pool.submit(self._work, row["id"])
+                self._submit(row["id"])
+
+    def _submit(self, id: str) -> None:
+        """Let it run when there is a slot; a Hub that is ending leaves it to the next one."""
+        with self._lock:
+            if not self._stopping:
+                self._pool.submit(self._work, id)
 
     def create(self, owner: str, initiator: dict[str, str], spec: dict[str, Any]) -> Job:
         """Record a job, and run it when jobs are run here.
@@ -120,7 +129,7 @@ class Jobs:
             *(None if self._run else "Recorded only: the Hub was started without --run-jobs", now()),
         )
         if self._run:
-            self._pool.submit(self._work, id)
+            self._submit(id)
         return self.get(owner, id)
 
     def get(self, owner: str, id: str) -> Job:
@@ -153,20 +162,22 @@ class Jobs:
         return self.get(owner, id)
 
     def set_labels(self, owner: str, id: str, labels: dict[str, str]) -> Job:
-        job = self.get(owner, id)
-        self._database.write(
-            "UPDATE jobs SET spec = ? WHERE id = ?", json.dumps({**job.spec, "labels": labels}), id
-        )
-        return self.get(owner, id)
+        with self._database.writing():
+            job = self.get(owner, id)
+            self._database.write(
+                "UPDATE jobs SET spec = ? WHERE id = ?", json.dumps({**job.spec, "labels": labels}), id
+            )
+            return self.get(owner, id)
 
     def log_path(self, id: str) -> Path:
         """Its output as JSON lines of `timestamp` and `data`; exists once it runs. `id` is one of a job."""
         return self._logs / f"{id}.jsonl"
 
     def stop(self) -> None:
-        """End all processes; their jobs end in ERROR."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End all processes; their jobs end in ERROR. What waits for a slot runs after the next start."""
         with self._lock:
+            self._stopping = True
+            self._pool.shutdown(wait=False, cancel_futures=True)
             running = list(self._processes.items())
         for id, process in running:
             self._finish(id, Stage.ERROR, "The Hub was stopped")
@@ -175,21 +186,19 @@ class Jobs:
     # ---------------------------------------------------------------------------------------- running
 
     def _work(self, id: str) -> None:
-        with self._database.writing() as connection:
-            moved = connection.execute(
-                "UPDATE jobs SET stage = 'RUNNING', started_at = ? WHERE id = ? AND stage = 'SCHEDULING'",
-                (now(), id),
-            ).rowcount
-        if not moved:
-            return
         row = self._database.one("SELECT * FROM jobs WHERE id = ?", id)
         assert row is not None
         spec = _job(row).spec
-        try:
-            process = self._spawn(id, spec)
-        except OSError as error:
-            self._finish(id, Stage.ERROR, f"Cannot start {spec['command'][0]!r}: {error.strerror}")
-            return
+        with self._lock:
+            # From here until the process is listed nobody looks for it, neither `cancel` nor `stop`.
+            if self._stopping or not self._begin(id):
+                return
+            try:
+                process = self._processes[id] = self._spawn(id, spec)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                self._finish(id, Stage.ERROR, f"Cannot start {spec['command'][0]!r}: {reason}")
+                return
         timeout = float(spec.get("timeoutSeconds") or DEFAULT_TIMEOUT)
         watchdog = threading.Timer(timeout, self._time_out, (id, process, timeout))
         watchdog.daemon = True
@@ -204,6 +213,15 @@ class Jobs:
         stage = Stage.COMPLETED if code == 0 else Stage.ERROR
         self._finish(id, stage, None if code == 0 else f"Job failed with exit code: {code}")
 
+    def _begin(self, id: str) -> bool:
+        """Whether the job was waiting, and is RUNNING from now on."""
+        return bool(
+            self._database.write(
+                "UPDATE jobs SET stage = 'RUNNING', started_at = ? WHERE id = ? AND stage = 'SCHEDULING'",
+                *(now(), id),
+            )
+        )
+
     def _spawn(self, id: str, spec: dict[str, Any]) -> subprocess.Popen[bytes]:
         folder = self._logs / id
         folder.mkdir(exist_ok=True)
@@ -216,7 +234,7 @@ class Jobs:
         for part in ("environment", "secrets"):
             environment |= {str(key): str(value) for key, value in spec.get(part, {}).items()}
         command = [*spec["command"], *(spec.get("arguments") or [])]
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -226,9 +244,6 @@ class Jobs:
             # Its own group, so that cancelling reaches what it starts.
             start_new_session=True,
         )
-        with self._lock:
-            self._processes[id] = process
-        return process
 
     def _copy_output(self, id: str, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -256,13 +271,12 @@ class Jobs:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the whole group, SIGKILL when that does not help within two seconds."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
+    """SIGTERM to the whole group; SIGKILL to what is left of it when its leader has ended, or after two seconds."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody is left, or only what nobody has reaped
         return
+    process.wait()

@@ -84,9 +84,9 @@ class LargeFiles:
             raise NotFoundError(f"Large file {sha256} is not in the store")
         return self._xet.read(recipe, start, end)
 
-    def part_path(self, sha256: str, number: int, part_sha256: str) -> Path:
-        """Where a part of a multipart upload waits for the others."""
-        return self._root / f".part-{check_hash(sha256)}-{number}-{check_hash(part_sha256)}"
+    def part_path(self, repository_id: str, sha256: str, number: int, part_sha256: str) -> Path:
+        """Where a part of a multipart upload waits for the others; each repository has its own."""
+        return self._root / f".part-{repository_id}-{check_hash(sha256)}-{number}-{check_hash(part_sha256)}"
 
     def receive(self) -> Receiver:
         """Somewhere to write a file of which only the SHA-256 is known."""

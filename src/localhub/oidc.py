@@ -112,7 +112,7 @@ class Publishers:
         raise OAuthError("invalid_grant", f"The id token is not of a trusted publisher: {'; '.join(reasons)}")
 
     def _verify(self, token: str, publisher: TrustedPublisher, audience: str) -> dict[str, Any]:
-        keys = self._keys.setdefault(publisher.jwks_uri, jwt.PyJWKClient(publisher.jwks_uri, timeout=5))
+        keys = self._keys.setdefault(publisher.jwks_uri, jwt.PyJWKClient(publisher.jwks_uri, timeout=30))
         claims: dict[str, Any] = jwt.decode(
             token,
             keys.get_signing_key_from_jwt(token).key,

@@ -14,9 +14,12 @@ from types import TracebackType
 
 TOKENS_VARIABLE = "LOCALHUB_TOKENS"
 """More `NAME=TOKEN[:read]`, separated by spaces, for `python -m localhub`."""
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 """How long the Hub may take until it is ready; normally about one second."""
-STOP_SECONDS = 10.0
+STOP_SECONDS = 30.0
+PORT_SECONDS = 90
+"""How long a restarted Hub waits for its old port. A connection of somebody else may have been given the
+number meanwhile, and the system keeps it a minute longer than that lasts."""
 
 
 class LocalHubError(RuntimeError):
@@ -82,6 +85,8 @@ class LocalHub:
             f"--data={self.data}",
             *self._arguments,
         ]
+        if self._url:  # not the first start: others know the address
+            command.append(f"--wait-for-port={PORT_SECONDS}")
         log = (self.data / "localhub.log").open("a")
         with log:
             self._process = subprocess.Popen(

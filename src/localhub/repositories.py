@@ -137,7 +137,7 @@ class Repositories:
         """Every repository, the most recently changed first."""
         where, parameters = ("WHERE type = ?", (type,)) if type else ("", ())
         rows = self._database.all(
-            f"SELECT * FROM repositories {where} ORDER BY modified_at DESC",  # noqa: S608 - a constant
+            f"SELECT * FROM repositories {where} ORDER BY modified_at DESC, rowid DESC",  # noqa: S608 - a constant
             *parameters,
         )
         return [_repository(row) for row in rows]
@@ -321,7 +321,7 @@ class Repositories:
 
     def access_requests(self, repository: Repository, status: AccessStatus) -> list[AccessRequest]:
         rows = self._database.all(
-            "SELECT * FROM access_requests WHERE repository = ? AND status = ? ORDER BY created_at",
+            "SELECT * FROM access_requests WHERE repository = ? AND status = ? ORDER BY created_at, rowid",
             *(repository.id, status.value),
         )
         return [_access_request(row) for row in rows]

@@ -61,7 +61,7 @@ class Collections:
         )
 
     def all(self) -> list[Collection]:
-        rows = self._database.all("SELECT * FROM collections ORDER BY updated_at DESC")
+        rows = self._database.all("SELECT * FROM collections ORDER BY updated_at DESC, rowid DESC")
         return [self._collection(row) for row in rows]
 
     def get(self, slug: str) -> Collection:
@@ -74,18 +74,19 @@ class Collections:
         """Raises ConflictError, with the slug in its body, when the owner has one of that title."""
         if not title.strip() or len(title) > 60:
             raise BadRequestError("title must have between 1 and 60 characters")
-        for other in self.all():
-            if other.owner == owner and other.title == title:
-                raise ConflictError(
-                    "Collection already exists",
-                    body={"error": "Collection already exists", "slug": other.slug},
-                )
         readable = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "collection"
         slug = f"{owner}/{readable}-{secrets.token_hex(12)}"
-        self._database.write(
-            "INSERT INTO collections VALUES (?, ?, ?, ?, ?, ?, 'orange', 0, ?)",
-            *(slug, new_id(), owner, title, description, private, now()),
-        )
+        with self._database.writing() as connection:
+            for other in self.all():
+                if other.owner == owner and other.title == title:
+                    raise ConflictError(
+                        "Collection already exists",
+                        body={"error": "Collection already exists", "slug": other.slug},
+                    )
+            connection.execute(
+                "INSERT INTO collections VALUES (?, ?, ?, ?, ?, ?, 'orange', 0, ?)",
+                (slug, new_id(), owner, title, description, private, now()),
+            )
         return self.get(slug)
 
     def update(self, slug: str, **changes: str | int | bool) -> Collection:

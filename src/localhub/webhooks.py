@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -90,7 +91,7 @@ class Webhooks:
     # --------------------------------------------------------------------------------------- webhooks
 
     def of_user(self, user: str) -> list[Webhook]:
-        rows = self._database.all("SELECT * FROM webhooks WHERE user = ? ORDER BY created_at, id", user)
+        rows = self._database.all("SELECT * FROM webhooks WHERE user = ? ORDER BY created_at, rowid", user)
         return [_webhook(row) for row in rows]
 
     def get(self, user: str, id: str) -> Webhook:
@@ -162,7 +163,7 @@ class Webhooks:
             ("user", repository.owner.lower()),
             ("org", repository.owner.lower()),
         }
-        rows = self._database.all("SELECT * FROM webhooks WHERE disabled = 0")
+        rows = self._database.all("SELECT * FROM webhooks WHERE disabled = 0 ORDER BY rowid")
         hooks = [
             hook
             for hook in map(_webhook, rows)
@@ -183,13 +184,16 @@ class Webhooks:
         return owner.lower() == user.lower() or self._accounts.role(owner, user) is not None
 
     def queue(self, hook: Webhook, payload: Mapping[str, Any]) -> None:
-        """One delivery of a payload, stored."""
+        """One delivery of a payload, stored; nothing when the webhook was deleted meanwhile."""
         full = {**payload, "webhook": {"id": hook.id, "version": 3}}
-        self._database.write(
-            "INSERT INTO deliveries (id, webhook, payload, due, state, created_at) VALUES (?, ?, ?, ?, 'waiting', ?)",
-            *(new_id(), hook.id, json.dumps(full), time.time(), now()),
-        )
-        self.wake.set()
+        with self._database.writing() as connection:
+            connection.execute(
+                "INSERT INTO deliveries (id, webhook, payload, due, state, created_at) "
+                "SELECT ?, id, ?, ?, 'waiting', ? FROM webhooks WHERE id = ?",
+                (new_id(), json.dumps(full), time.time(), now(), hook.id),
+            )
+            # Not before: whoever is woken must find it.
+            self._database.after_commit(self.wake.set)
 
     def payload(self, action: str, scope: str, subject: Subject) -> dict[str, Any]:
         """The body of a webhook, version 3, without its `webhook` part."""
@@ -224,8 +228,9 @@ class Webhooks:
             "owner": {"id": self._accounts.get(repository.owner).id},
             "tags": [],
         }
-        if self._git.path(repository).exists():
-            part["headSha"] = self._git.open(repository).ref("refs/heads/main")
+        head = self._git.head(repository)
+        if head is not None:
+            part["headSha"] = head
         return part
 
     def _discussion_part(self, subject: Subject, discussion: Discussion) -> dict[str, Any]:
@@ -263,13 +268,12 @@ class Webhooks:
 
     # ------------------------------------------------------------------------------------- deliveries
 
-    def due(self) -> list[sqlite3.Row]:
-        """The first waiting delivery of each webhook whose moment has come."""
+    def next_of_each(self) -> list[sqlite3.Row]:
+        """The first waiting delivery of each webhook, whether or not its moment (`due`) has come."""
         return self._database.all(
             "SELECT d.*, w.url, w.job, w.secret, w.user FROM deliveries d JOIN webhooks w ON w.id = d.webhook "
             "WHERE d.position IN (SELECT MIN(position) FROM deliveries WHERE state = 'waiting' GROUP BY webhook) "
-            "AND d.due <= ? ORDER BY d.position",
-            time.time(),
+            "ORDER BY d.position"
         )
 
     def job_of(self, delivery: sqlite3.Row) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -282,11 +286,6 @@ class Webhooks:
             "WEBHOOK_SECRET": delivery["secret"] or "",
         }
         return delivery["user"], json.loads(delivery["job"]), environment
-
-    def next_due(self) -> float | None:
-        """Unix time of the next attempt."""
-        row = self._database.one("SELECT MIN(due) AS due FROM deliveries WHERE state = 'waiting'")
-        return None if row is None or row["due"] is None else float(row["due"])
 
     def deliveries(self, hook: str) -> list[dict[str, Any]]:
         """What became of each delivery of a webhook, newest first."""
@@ -315,7 +314,8 @@ class Webhooks:
         else:
             state, due = "waiting", time.time() + BACKOFF[attempts - 1]
         self._database.write(
-            "UPDATE deliveries SET attempts = ?, status = ?, error = ?, state = ?, due = ? WHERE position = ?",
+            "UPDATE deliveries SET attempts = ?, status = ?, error = ?, state = ?, due = ? WHERE position = ? "
+            "AND state = 'waiting'",
             *(attempts, status, error, state, due, row["position"]),
         )
 
@@ -342,5 +342,5 @@ def post(url: str, payload: str, secret: str | None) -> tuple[int | None, str | 
     except HTTPError as error:
         with error:
             return error.code, f"HTTP {error.code}"
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # no connection, no HTTP, no URL
         return None, f"{type(error).__name__}: {error}"

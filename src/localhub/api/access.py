@@ -12,7 +12,13 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from localhub.accounts import Identity
-from localhub.errors import BadRequestError, InvalidCredentialsError, LoginRequiredError, NotFoundError
+from localhub.errors import (
+    BadRequestError,
+    InvalidCredentialsError,
+    LoginRequiredError,
+    NotFoundError,
+    RepoNotFoundError,
+)
 from localhub.git import GitRepository
 from localhub.hub import Hub
 from localhub.repositories import Repository
@@ -79,7 +85,29 @@ class Context:
         return repository, self.hub.repositories.require_write(repository, self.identity)
 
     def git(self, repository: Repository) -> GitRepository:
-        return self.hub.git.open(repository)
+        """Its git side. Not to be called inside a transaction, unless the repository's lock is held.
+
+        Raises:
+            RepoNotFoundError: it was deleted since it was looked up.
+        """
+        try:
+            return self.hub.git.open(repository)
+        except FileNotFoundError:
+            # A move or deletion is under way, or over: look again after it.
+            with self.hub.git.lock(repository):
+                fresh = self.present(repository)
+                return self.hub.git.open(fresh)
+
+    def present(self, repository: Repository) -> Repository:
+        """The repository as it is now; what holds its lock sees no older state.
+
+        Raises:
+            RepoNotFoundError: it was deleted since it was looked up.
+        """
+        fresh = self.hub.repositories.by_id(repository.id)
+        if fresh is None:
+            raise RepoNotFoundError(anonymous=self.identity is None)
+        return fresh
 
     def subject(self, repository: Repository, **about: Any) -> Subject:
         """What to tell webhooks."""

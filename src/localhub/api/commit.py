@@ -119,6 +119,7 @@ def commit(
     wanted = commits.parse(raw)
     sizes = _large_sizes(ctx, repository, wanted)
     with ctx.hub.git.lock(repository):
+        repository = ctx.present(repository)
         git = ctx.git(repository)
         if create_pr:
             return _propose(ctx, repository, git, identity, wanted, sizes, revision)
@@ -172,13 +173,14 @@ def _push(
     tree = commits.build_tree(git, head, wanted, sizes)
     if tree == git.tree_id(head):
         return _answer(ctx, repository, head, None)
-    sha = git.add_commit(ref, tree, [head], wanted.message, identity.name)
-    ctx.hub.repositories.touch(repository)
-    if discussion is not None:
-        ctx.hub.community.add_event(
-            discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha}
-        )
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, head, sha),)))
+    with ctx.hub.database.writing():
+        sha = git.add_commit(ref, tree, [head], wanted.message, identity.name)
+        ctx.hub.repositories.touch(repository)
+        if discussion is not None:
+            ctx.hub.community.add_event(
+                discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha}
+            )
+        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, head, sha),)))
     return _answer(ctx, repository, sha, None)
 
 
@@ -218,12 +220,12 @@ def _propose(
         ctx.hub.community.add_event(
             discussion, "commit", identity.name, {"subject": wanted.summary, "oid": sha}
         )
-    ctx.hub.webhooks.emit(
-        "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
-    )
-    ctx.hub.webhooks.emit(
-        "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
-    )
+        ctx.hub.webhooks.emit(
+            "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
+        )
+        ctx.hub.webhooks.emit(
+            "update", "repo.content", ctx.subject(repository, refs=((discussion.ref, None, sha),))
+        )
     return _answer(ctx, repository, sha, discussion)
 
 

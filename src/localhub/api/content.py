@@ -125,7 +125,7 @@ def create_branch(ctx: Ctx, kind: str, owner: str, name: str, branch: str, body:
             git.set_ref(ref, start, force=bool(body.get("overwrite")))
         except ConflictError as error:
             raise ConflictError(f"Reference already exists: {ref}") from error
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, None, start),)))
+        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, None, start),)))
     return JSONResponse({"success": True})
 
 
@@ -147,8 +147,8 @@ def create_tag(ctx: Ctx, kind: str, owner: str, name: str, revision: str, body: 
     sha = git.resolve(revision)
     with ctx.hub.git.lock(repository):
         git.tag(tag, sha, text(body, "message", ""), identity.name)
-    ref = f"refs/tags/{tag}"
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, None, sha),)))
+        ref = f"refs/tags/{tag}"
+        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, None, sha),)))
     return JSONResponse({"success": True})
 
 
@@ -164,7 +164,7 @@ def _delete_ref(ctx: Ctx, repository: Any, ref: str) -> None:
     with ctx.hub.git.lock(repository):
         old = git.ref(ref)
         git.delete_ref(ref)
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, old, None),)))
+        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, old, None),)))
 
 
 @router.post("/api/{kind:kind}/{owner:seg}/{name:seg}/super-squash/{branch:seg}")
@@ -179,5 +179,5 @@ def super_squash(ctx: Ctx, kind: str, owner: str, name: str, branch: str, body: 
             raise BadRequestError("message must not be empty")
         new = git.add_commit(None, git.tree_id(old), [], message, identity.name)
         git.set_ref(ref, new, force=True)
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, old, new),)))
+        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=((ref, old, new),)))
     return JSONResponse({"success": True})

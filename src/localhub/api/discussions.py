@@ -67,6 +67,7 @@ def create(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> dict[s
     identity = _participant(ctx, repository)
     pull_request = bool(body.get("pullRequest"))
     with ctx.hub.git.lock(repository), ctx.hub.database.writing():
+        repository = ctx.present(repository)
         discussion, comment = ctx.hub.community.open(
             repository,
             title=text(body, "title"),
@@ -80,12 +81,12 @@ def create(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> dict[s
             git = ctx.git(repository)
             head = git.resolve(MAIN)
             git.set_ref(discussion.ref, head, force=True)
-    ctx.hub.webhooks.emit(
-        "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
-    )
-    if pull_request:
-        refs = ((discussion.ref, None, head),)
-        ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=refs))
+        ctx.hub.webhooks.emit(
+            "create", "discussion", ctx.subject(repository, discussion=discussion, comment=comment)
+        )
+        if pull_request:
+            refs = ((discussion.ref, None, head),)
+            ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=refs))
     url = f"{ctx.base_url}{repository.web_path}/discussions/{discussion.num}"
     return {"num": discussion.num, "url": url, "pullRequest": pull_request}
 
@@ -120,9 +121,12 @@ def _require_owner(ctx: Context, repository: Repository, author: str, identity: 
 
 
 def _comment(ctx: Context, repository: Repository, discussion: Discussion, author: str, said: str) -> Event:
-    event = ctx.hub.community.comment(discussion, author, said)
-    subject = ctx.subject(repository, discussion=discussion, comment=event)
-    ctx.hub.webhooks.emit("create", "discussion.comment", subject)
+    # One transaction: comments are told in the order in which they are shown.
+    with ctx.hub.database.writing():
+        discussion = ctx.hub.community.get(repository, discussion.num)
+        event = ctx.hub.community.comment(discussion, author, said)
+        subject = ctx.subject(repository, discussion=discussion, comment=event)
+        ctx.hub.webhooks.emit("create", "discussion.comment", subject)
     return event
 
 
@@ -140,18 +144,19 @@ def change_comment(
     ctx: Ctx, kind: str, owner: str, name: str, num: str, event_id: str, action: str, body: JsonBody
 ) -> dict[str, Any]:
     repository, discussion, identity = _joined(ctx, kind, owner, name, num)
-    event = ctx.hub.community.event(discussion, event_id)
-    if action == "edit":
-        if event.author.lower() != identity.name.lower():
-            raise ForbiddenError("Forbidden: only the author may edit a comment")
-        event = ctx.hub.community.edit_comment(discussion, event, identity.name, text(body, "content"))
-    elif action == "hide":
-        _require_owner(ctx, repository, event.author, identity)
-        event = ctx.hub.community.hide_comment(discussion, event, identity.name)
-    else:
-        raise NotFoundError(f"Unknown action {action}")
-    subject = ctx.subject(repository, discussion=discussion, comment=event)
-    ctx.hub.webhooks.emit("update", "discussion.comment", subject)
+    with ctx.hub.database.writing():
+        event = ctx.hub.community.event(discussion, event_id)
+        if action == "edit":
+            if event.author.lower() != identity.name.lower():
+                raise ForbiddenError("Forbidden: only the author may edit a comment")
+            event = ctx.hub.community.edit_comment(discussion, event, identity.name, text(body, "content"))
+        elif action == "hide":
+            _require_owner(ctx, repository, event.author, identity)
+            event = ctx.hub.community.hide_comment(discussion, event, identity.name)
+        else:
+            raise NotFoundError(f"Unknown action {action}")
+        subject = ctx.subject(repository, discussion=discussion, comment=event)
+        ctx.hub.webhooks.emit("update", "discussion.comment", subject)
     return {"updatedComment": present.event(event, ctx.hub.accounts)}
 
 
@@ -159,8 +164,10 @@ def change_comment(
 def title(ctx: Ctx, kind: str, owner: str, name: str, num: str, body: JsonBody) -> dict[str, Any]:
     repository, discussion, identity = _joined(ctx, kind, owner, name, num)
     _require_owner(ctx, repository, discussion.author, identity)
-    event = ctx.hub.community.rename(discussion, identity.name, text(body, "title"))
-    _updated(ctx, repository, discussion)
+    with ctx.hub.database.writing():
+        fresh = ctx.hub.community.get(repository, discussion.num)
+        event = ctx.hub.community.rename(fresh, identity.name, text(body, "title"))
+        _updated(ctx, repository, discussion)
     return {"newTitle": present.event(event, ctx.hub.accounts)}
 
 
@@ -178,10 +185,13 @@ def status(ctx: Ctx, kind: str, owner: str, name: str, num: str, body: JsonBody)
     if wanted not in allowed:
         raise BadRequestError(f"status must be one of {allowed}, got {wanted!r}")
     said = text(body, "comment", "")
-    event = ctx.hub.community.set_status(discussion, identity.name, Status(wanted))
-    if said.strip():
-        _comment(ctx, repository, discussion, identity.name, said)
-    _updated(ctx, repository, discussion)
+    # With the repository's lock, or it could close what is being merged or committed to.
+    with ctx.hub.git.lock(repository), ctx.hub.database.writing():
+        fresh = ctx.hub.community.get(repository, discussion.num)
+        event = ctx.hub.community.set_status(fresh, identity.name, Status(wanted))
+        if said.strip():
+            _comment(ctx, repository, fresh, identity.name, said)
+        _updated(ctx, repository, fresh)
     return {"newStatus": present.event(event, ctx.hub.accounts)}
 
 
@@ -192,6 +202,7 @@ def merge(ctx: Ctx, kind: str, owner: str, name: str, num: str, body: JsonBody) 
     ctx.hub.repositories.require_write(repository, identity)
     if not discussion.is_pull_request or discussion.base is None:
         raise BadRequestError("Only a pull request can be merged")
+    said = text(body, "comment", "")
     with ctx.hub.git.lock(repository):
         discussion = ctx.hub.community.get(repository, discussion.num)
         if discussion.status is not Status.OPEN:
@@ -207,13 +218,13 @@ def merge(ctx: Ctx, kind: str, owner: str, name: str, num: str, body: JsonBody) 
         message = f"{discussion.title} (#{discussion.num})\n\n- " + "\n- ".join(
             f"{commit.title} ({commit.sha})" for commit in git.ahead(base, head)
         )
-        sha = git.add_commit(discussion.base, tree, [base], message, identity.name)
-        ctx.hub.community.set_merged(discussion, identity.name, commit=sha, base_commit=base)
-    ctx.hub.repositories.touch(repository)
-    said = text(body, "comment", "")
-    if said.strip():
-        _comment(ctx, repository, discussion, identity.name, said)
-    _updated(ctx, repository, discussion)
-    refs = ((discussion.base, base, sha),)
-    ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=refs))
+        with ctx.hub.database.writing():
+            sha = git.add_commit(discussion.base, tree, [base], message, identity.name)
+            ctx.hub.community.set_merged(discussion, identity.name, commit=sha, base_commit=base)
+            ctx.hub.repositories.touch(repository)
+            if said.strip():
+                _comment(ctx, repository, discussion, identity.name, said)
+            _updated(ctx, repository, discussion)
+            refs = ((discussion.base, base, sha),)
+            ctx.hub.webhooks.emit("update", "repo.content", ctx.subject(repository, refs=refs))
     return Response(status_code=200)

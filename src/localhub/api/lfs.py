@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -130,11 +132,11 @@ def _keep(ctx: Context, repository_id: str, oid: str, receiver: Receiver) -> Non
 @router.put("/lfs/part/{signed:seg}")
 async def put_part(ctx: Ctx, signed: str, request: Request) -> Response:
     """One part of a file; its ETag goes into the completion."""
-    _repository, oid, number = _signed(ctx, signed, "part", 3)
+    repository_id, oid, number = _signed(ctx, signed, "part", 3)
     receiver = ctx.hub.large.receive()
     await _receive(request, receiver)
     receiver.finish()
-    receiver.path.rename(ctx.hub.large.part_path(oid, int(number), receiver.sha256))
+    receiver.path.rename(ctx.hub.large.part_path(repository_id, oid, int(number), receiver.sha256))
     return Response(status_code=200, headers={"ETag": f'"{receiver.sha256}"'})
 
 
@@ -146,19 +148,39 @@ def complete(ctx: Ctx, signed: str, body: JsonBody) -> Response:
         parts = sorted((int(part["partNumber"]), str(part["etag"]).strip('"')) for part in body["parts"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadRequestError(f"Malformed completion: {error!r}") from error
-    paths = [ctx.hub.large.part_path(oid, number, check_hash(etag)) for number, etag in parts]
-    missing = [path for path in paths if not path.exists()]
-    if missing or [number for number, _ in parts] != list(range(1, len(parts) + 1)):
-        raise BadRequestError(f"{len(missing)} of {len(parts)} parts are missing")
+    if [number for number, _ in parts] != list(range(1, len(parts) + 1)):
+        raise BadRequestError("The numbers of the parts are not 1, 2, 3 and so on")
+    paths = [ctx.hub.large.part_path(repository_id, oid, number, check_hash(etag)) for number, etag in parts]
     receiver = ctx.hub.large.receive()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1024 * 1024):
-                receiver.write(block)
+    try:
+        _join(paths, receiver)
+    except FileNotFoundError as error:
+        receiver.discard()
+        if _kept(ctx, repository_id, oid):  # asked twice: the parts went into the file the first time
+            return Response(status_code=200)
+        missing = sum(not path.exists() for path in paths)
+        raise BadRequestError(f"{missing} of {len(parts)} parts are missing") from error
+    except BaseException:
+        receiver.discard()
+        raise
     _keep(ctx, repository_id, oid, receiver)
     for path in paths:
         path.unlink(missing_ok=True)
     return Response(status_code=200)
+
+
+def _join(paths: Sequence[Path], receiver: Receiver) -> None:
+    """Raises FileNotFoundError when a part never came, or another completion has used it up."""
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1024 * 1024):
+                receiver.write(block)
+
+
+def _kept(ctx: Context, repository_id: str, oid: str) -> bool:
+    """Whether the repository has the file already."""
+    repository = ctx.hub.repositories.by_id(repository_id)
+    return repository is not None and ctx.hub.repositories.has_large_file(repository, oid)
 
 
 @router.post("/lfs/verify/{signed:seg}")

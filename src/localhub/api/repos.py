@@ -11,7 +11,14 @@ from fastapi.responses import JSONResponse
 from localhub.accounts import Identity
 from localhub.api import present
 from localhub.api.access import Context, Ctx, JsonBody, text, truthy
-from localhub.errors import BadRequestError, ConflictError, ForbiddenError, LoginRequiredError, NotFoundError
+from localhub.errors import (
+    BadRequestError,
+    ConflictError,
+    ForbiddenError,
+    LoginRequiredError,
+    NotFoundError,
+    RepoNotFoundError,
+)
 from localhub.repositories import AccessStatus, Gate, Repository
 
 router = APIRouter()
@@ -52,17 +59,18 @@ def create(ctx: Ctx, body: JsonBody) -> dict[str, Any]:
                 "url": ctx.base_url + existing.web_path,
             },
         )
-    # One transaction: a crash in between leaves no entry without its git repository.
+    # One transaction: a crash in between leaves no entry without its git repository, and whoever finds the
+    # entry finds the repository and comes after these events.
     with ctx.hub.database.writing():
         repository = ctx.hub.repositories.create(
             kind, owner, name, private=_private(body) or False, sdk=body.get("sdk")
         )
         ctx.hub.git.create(repository, identity.name)
-    head = ctx.git(repository).ref("refs/heads/main")
-    ctx.hub.webhooks.emit("create", "repo", ctx.subject(repository))
-    ctx.hub.webhooks.emit(
-        "update", "repo.content", ctx.subject(repository, refs=(("refs/heads/main", None, head),))
-    )
+        head = ctx.hub.git.head(repository)
+        ctx.hub.webhooks.emit("create", "repo", ctx.subject(repository))
+        ctx.hub.webhooks.emit(
+            "update", "repo.content", ctx.subject(repository, refs=(("refs/heads/main", None, head),))
+        )
     return {"url": ctx.base_url + repository.web_path, "name": repository.full_name, "id": repository.id}
 
 
@@ -71,10 +79,13 @@ def delete(ctx: Ctx, body: JsonBody) -> Response:
     identity = ctx.login()
     kind, owner, name = _namespace(body, identity)
     repository = _administered(ctx, kind, owner, name)
-    ctx.hub.webhooks.emit("delete", "repo", ctx.subject(repository))
-    with ctx.hub.git.lock(repository):
+    # One transaction: nobody can take the name before the place of the old repository is free.
+    with ctx.hub.git.lock(repository), ctx.hub.database.writing():
+        repository = ctx.present(repository)
+        ctx.hub.webhooks.emit("delete", "repo", ctx.subject(repository))
         ctx.hub.repositories.delete(repository)
-        ctx.hub.git.delete(repository)
+        ctx.hub.git.put_away(repository)
+    ctx.hub.git.empty_trash(repository)
     return Response(status_code=200)
 
 
@@ -101,10 +112,11 @@ def move(ctx: Ctx, body: JsonBody) -> Response:
         raise ForbiddenError(
             f'You don\'t have the rights to create a {kind} under the namespace "{target[0]}"'
         )
-    with ctx.hub.git.lock(repository):
+    with ctx.hub.git.lock(repository), ctx.hub.database.writing():
+        repository = ctx.present(repository)
         moved = ctx.hub.repositories.move(repository, ctx.hub.accounts.get(target[0]).name, target[1])
         ctx.hub.git.move(repository, moved)
-    ctx.hub.webhooks.emit("move", "repo", ctx.subject(repository, moved_to=moved))
+        ctx.hub.webhooks.emit("move", "repo", ctx.subject(repository, moved_to=moved))
     return Response(status_code=200)
 
 
@@ -114,18 +126,19 @@ def settings(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> dict
     gated = body.get("gated")
     if gated not in (None, False, "auto", "manual"):
         raise BadRequestError(f"gated must be false, auto or manual, got {gated!r}")
-    updated = ctx.hub.repositories.update(
-        repository,
-        private=_private(body),
-        gated=None if gated is None else Gate(gated or ""),
-        disabled=body.get("disabled"),
-        discussions_disabled=body.get("discussionsDisabled"),
-    )
-    ctx.hub.webhooks.emit(
-        "update",
-        "repo.config",
-        ctx.subject(updated, extra={"updatedConfig": {k: body[k] for k in sorted(body)}}),
-    )
+    with ctx.hub.database.writing():
+        updated = ctx.hub.repositories.update(
+            ctx.present(repository),
+            private=_private(body),
+            gated=None if gated is None else Gate(gated or ""),
+            disabled=body.get("disabled"),
+            discussions_disabled=body.get("discussionsDisabled"),
+        )
+        ctx.hub.webhooks.emit(
+            "update",
+            "repo.config",
+            ctx.subject(updated, extra={"updatedConfig": {k: body[k] for k in sorted(body)}}),
+        )
     return {
         "private": updated.private,
         "gated": updated.gated.value or False,
@@ -149,7 +162,10 @@ def listing(ctx: Ctx, kind: str, request: Request) -> Response:
             continue
         if "gated" in query and truthy(query["gated"]) != (repository.gated is not Gate.OPEN):
             continue
-        git = ctx.git(repository)
+        try:
+            git = ctx.git(repository)
+        except RepoNotFoundError:  # deleted since the list was read
+            continue
         shown = present.repository(repository, git, git.resolve("main"))
         if all(tag in shown["tags"] for tag in wanted):
             found.append(_trimmed(shown, query))
@@ -247,10 +263,11 @@ def ask_access(ctx: Ctx, owner: str, name: str) -> Response:
     repository = ctx.readable("model", owner, name)
     if repository.gated is Gate.OPEN:
         raise BadRequestError("This repository is not gated")
-    if ctx.hub.repositories.access_request(repository, identity.name) is None:
-        accepted = repository.gated is Gate.AUTO
-        status = AccessStatus.ACCEPTED if accepted else AccessStatus.PENDING
-        ctx.hub.repositories.set_access(repository, identity.name, status)
+    with ctx.hub.database.writing():
+        if ctx.hub.repositories.access_request(repository, identity.name) is None:
+            accepted = repository.gated is Gate.AUTO
+            status = AccessStatus.ACCEPTED if accepted else AccessStatus.PENDING
+            ctx.hub.repositories.set_access(repository, identity.name, status)
     return Response(status_code=200)
 
 
@@ -282,17 +299,18 @@ def access_requests(ctx: Ctx, kind: str, owner: str, name: str, status: str, req
 def handle_access(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> Response:
     repository = _administered(ctx, kind, owner, name)
     status = _access_status(text(body, "status"))
-    requests = [
-        one
-        for each in AccessStatus
-        for one in ctx.hub.repositories.access_requests(repository, each)
-        if one.user.lower() == str(body.get("user", "")).lower() or one.id == body.get("requestId")
-    ]
-    if not requests:
-        raise NotFoundError("Access request not found")
-    if requests[0].status is status:
-        raise NotFoundError(f"Access request is already {status.value}")
-    ctx.hub.repositories.set_access(repository, requests[0].user, status)
+    with ctx.hub.database.writing():
+        requests = [
+            one
+            for each in AccessStatus
+            for one in ctx.hub.repositories.access_requests(repository, each)
+            if one.user.lower() == str(body.get("user", "")).lower() or one.id == body.get("requestId")
+        ]
+        if not requests:
+            raise NotFoundError("Access request not found")
+        if requests[0].status is status:
+            raise NotFoundError(f"Access request is already {status.value}")
+        ctx.hub.repositories.set_access(repository, requests[0].user, status)
     return Response(status_code=200)
 
 
@@ -302,8 +320,9 @@ def grant_access(ctx: Ctx, kind: str, owner: str, name: str, body: JsonBody) -> 
     user = ctx.hub.accounts.get(text(body, "user"))
     if repository.gated is Gate.OPEN:
         raise BadRequestError("This repository is not gated")
-    request = ctx.hub.repositories.access_request(repository, user.name)
-    if request is not None and request.status is AccessStatus.ACCEPTED:
-        raise BadRequestError(f"{user.name} has access already")
-    ctx.hub.repositories.set_access(repository, user.name, AccessStatus.ACCEPTED)
+    with ctx.hub.database.writing():
+        request = ctx.hub.repositories.access_request(repository, user.name)
+        if request is not None and request.status is AccessStatus.ACCEPTED:
+            raise BadRequestError(f"{user.name} has access already")
+        ctx.hub.repositories.set_access(repository, user.name, AccessStatus.ACCEPTED)
     return {}

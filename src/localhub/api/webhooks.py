@@ -83,17 +83,18 @@ def get(ctx: Ctx, id: str) -> dict[str, Any]:
 def update(ctx: Ctx, id: str, body: JsonBody) -> dict[str, Any]:
     """What the body leaves out stays."""
     identity = _user(ctx)
-    old = ctx.hub.webhooks.get(identity.name, id)
     job = _job(ctx, identity, body)
-    hook = ctx.hub.webhooks.save(
-        identity.name,
-        id=id,
-        url=body.get("url") or (None if job else old.url),
-        job=job or (None if body.get("url") else old.job),
-        watched=_watched(body) or old.watched,
-        domains=body.get("domains") or old.domains,
-        secret=body.get("secret", old.secret),
-    )
+    with ctx.hub.database.writing():
+        old = ctx.hub.webhooks.get(identity.name, id)
+        hook = ctx.hub.webhooks.save(
+            identity.name,
+            id=id,
+            url=body.get("url") or (None if job else old.url),
+            job=job or (None if body.get("url") else old.job),
+            watched=_watched(body) or old.watched,
+            domains=body.get("domains") or old.domains,
+            secret=body.get("secret", old.secret),
+        )
     return {"webhook": _shown(hook)}
 
 
