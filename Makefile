@@ -33,6 +33,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## timings and memory, into docs/performance.md
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(STAMP)  ## kill the bot at random moments over 100 jobs, and count the pull requests (half an hour)

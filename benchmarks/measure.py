@@ -30,9 +30,16 @@ class Samples:
     peak: list[int] = field(default_factory=list)
     """Bytes resident at most, of the largest process."""
 
+    def as_json(self) -> dict[str, list[float] | list[int]]:
+        return {"wall": self.wall, "cpu": self.cpu, "peak": self.peak}
+
     @property
     def seconds(self) -> float:
         return median(self.wall)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return median(self.cpu)
 
     @property
     def bytes(self) -> float:

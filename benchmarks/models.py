@@ -121,7 +121,7 @@ def lora(size: Size, base: Path, folder: Path, *, rank: int, dora: bool = False)
     for module, rows, columns in size.linears():
         prefix = f"base_model.model.{module}"
         tensors[f"{prefix}.lora_A.weight"] = _random((rank, columns), hash_of(module), torch.float32)
-        tensors[f"{prefix}.lora_B.weight"] = _random((rows, rank), hash_of(module) + 1, torch.float32) * 0.003
+        tensors[f"{prefix}.lora_B.weight"] = _random((rows, rank), hash_of(module) + 1, torch.float32) * 0.06
         if dora:
             tensors[f"{prefix}.lora_magnitude_vector"] = torch.full((rows,), 0.02 * columns**0.5)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "use_dora": dora, "lora_dropout": 0.0}
@@ -170,7 +170,7 @@ def moe(folder: Path) -> tuple[Path, Path]:
         )  # fmt: skip
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.003)
+                torch.nn.init.normal_(parameter, std=0.002)
         wrapped.peft_config["default"].base_model_name_or_path = str(base)
         wrapped.save_pretrained(adapter)
     return base, adapter
