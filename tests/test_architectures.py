@@ -175,6 +175,11 @@ FAMILIES: dict[str, Family] = {
                               image_token_index=63, projection_dim=16, hidden_size=16),
     "gemma3": _with_images({"model_type": "gemma3_text", **DECODER}, {"model_type": "siglip_vision_model", **VISION},
                            image_token_index=63, mm_tokens_per_image=4),
+    "shieldgemma2": Family(
+        {"text_config": {"model_type": "gemma3_text", **DECODER},
+         "vision_config": {"model_type": "siglip_vision_model", **VISION}, "image_token_index": 63,
+         "mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6}, "AutoModelForImageClassification",
+    ),
     "idefics3": _with_images({"model_type": "llama", **DECODER}, VISION, image_token_id=63, scale_factor=2),
     "qwen2_vl": _with_images(MROPE, QWEN_VISION, image_token_id=63),
     "qwen2_5_vl": _with_images(MROPE, QWEN_VISION, image_token_id=63),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_adapter.accounting import account, check_together
-from merge_adapter.checkpoint.base import read_base
+from merge_adapter.checkpoint.base import BaseFiles, read_base
+from merge_adapter.checkpoint.loaded import with_loaded
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
-from merge_adapter.errors import AccountingError, UnmergeableError
+from merge_adapter.checkpoint.quantization import quantization_of
+from merge_adapter.errors import AccountingError, BaseModelError, UnmergeableError
 from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
@@ -18,7 +20,11 @@ from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.methods.sums import SumOfModules
+from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
 from merge_adapter.types import CombinationType, MergeSettings, Resolved, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STREAMED = "every change can be made tensor by tensor from the files"
 _BLOCKS = 6
@@ -77,6 +83,8 @@ class MergePlan:
     adapters: tuple[AdapterFile | CombinedFile, ...] = field(default=(), repr=False)
     """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
+    loaded: BaseFiles | None = field(default=None, repr=False)
+    """The base with tensors of the model that transformers loads; None where its files are all that is read."""
 
     @property
     def changes(self) -> tuple[TensorChange, ...]:
@@ -96,10 +104,54 @@ class MergePlan:
 def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     """Assign every adapter tensor and lay out every output file, from configs and headers.
 
+    Where transformers cannot undo its own conversion of a tensor that is to change, the base is loaded.
     Raises AccountingError, ShapeError, MethodError or BaseModelError when the merge cannot be done rightly,
     MalformedError and NotFoundError for files that are not what they should be.
     """
-    files_of_base = read_base(sources.base, settings)
+    files = read_base(sources.base, settings)
+    reason = ""
+    while True:
+        try:
+            return _plan_on(files, sources, settings, reason)
+        except OneWayError as error:
+            files = _loaded(files, error, sources, settings)
+            reason = f"transformers cannot undo its own conversion of {error.parameter}"
+
+
+def _loaded(files: BaseFiles, error: OneWayError, sources: Resolved, settings: MergeSettings) -> BaseFiles:
+    """The base with what cannot be written back as transformers loads it, under its names in memory.
+
+    Raises BaseModelError where that is no way out.
+    """
+    if settings.strategy is Strategy.STREAM:
+        raise error
+    if quantization_of(sources.base.config) is not None:
+        raise BaseModelError(
+            error.message, hint="The base is stored quantised; name the 16-bit original with --base-model."
+        ) from error
+    parameters = [spec for one in error.found for spec in one.parameters]
+    again = [spec.name for spec in parameters if spec.name in files.specs]
+    if again:
+        raise BaseModelError(
+            f"{error.message} Stored under its name in memory, {again[0]} would be converted once more when it is"
+            " loaded, so that no checkpoint can hold the merged weights.",
+            hint="Keep the adapter unmerged, and load it with PEFT beside its base.",
+        ) from error
+    repository, stored = sources.base.repository, tuple(files.specs.values())
+
+    def load() -> Mapping[str, Tensor]:
+        heavy = {file.path for file in files.layout.files} | (
+            {files.layout.index} if files.layout.index else set()
+        )
+        light = {path for path in repository.files if path.endswith((".json", ".py", ".jinja"))}
+        return load_parameters(error.model, repository.folder(sorted(heavy | light)), parameters, stored)
+
+    made = with_loaded(files, [(one.parameters, one.sources) for one in error.found], load)
+    return replace(made, notes=(*made.notes, note_on(error.found)))
+
+
+def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSettings, loaded: str) -> MergePlan:
+    """The plan on this view of the base; `loaded` says why it is that of the loaded model, "" when it is not."""
     layout, base = files_of_base.layout, files_of_base.specs
     notes = list(files_of_base.notes)
     config_changes = dict(files_of_base.config_changes)
@@ -118,15 +170,16 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     kept = {name: spec for name, spec in base.items() if name not in dropped}
     written = {spec.name: spec for step in steps for spec in step.change.writes}
     outputs = lay_out(layout, kept, written.values(), settings.dtype)
-    in_memory = next((made for made in planned if made.strategy is Strategy.MEMORY), None)
+    in_memory = next((made.strategy_reason for made in planned if made.strategy is Strategy.MEMORY), loaded)
     final = {spec.name: spec for shard in outputs for spec in shard.tensors}
     total = sum(shard.bytes for shard in outputs)
     if layout.index:
         total += len(index_text(outputs, layout.index_metadata))
     return MergePlan(
         method=sources.adapter.method,
-        strategy=in_memory.strategy if in_memory else Strategy.STREAM,
-        strategy_reason=in_memory.strategy_reason if in_memory else _STREAMED,
+        strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
+        strategy_reason=in_memory or _STREAMED,
+        loaded=files_of_base if loaded else None,
         steps=steps,
         outputs=outputs,
         adapter_tensors=sum(file.tensors for file in files),
@@ -136,6 +189,7 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
         bytes_written=total,
         bytes_changed=sum(final[name].nbytes for name in written),
         memory_bytes=_memory(steps)
+        + (2 * layout.bytes if loaded else 0)
         + max((file.memory_bytes for file in files if isinstance(file, CombinedFile)), default=0),
         disk_bytes=total,
         index=INDEX if layout.index else None,

@@ -298,6 +298,10 @@ class NameMap(Protocol):
         or the checkpoint does not have it at all."""
         ...
 
+    def check_two_ways(self, parameter: str) -> None:
+        """Raise OneWayError when the base has this parameter in a form that cannot be written back."""
+        ...
+
     def tied(self, parameter: str) -> tuple[str, ...]:
         """The other parameters that share this one's storage in a model loaded from this checkpoint.
 

@@ -79,7 +79,7 @@ class Absent:
 
 
 def locate(context: Context, parameter: str) -> OnDisk | Grouped | Absent:
-    """Where a parameter is in the base checkpoint."""
+    """Where a parameter is in the base checkpoint. Raises OneWayError where it cannot be written back."""
     name = context.names.direct(parameter)
     if name is not None and name in context.base:
         return OnDisk(context.base[name])
@@ -88,6 +88,7 @@ def locate(context: Context, parameter: str) -> OnDisk | Grouped | Absent:
         found = next((spec for spec in group.parameters if spec.name == parameter), None)
         if found is not None:
             return Grouped(group, found)
+    context.names.check_two_ways(parameter)
     return Absent()
 
 

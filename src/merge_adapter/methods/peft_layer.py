@@ -144,12 +144,7 @@ class _Planner:
         group = self.names.group(parameter)
         if group is not None:
             return Source(None, group)
-        reason = self.names.failures.get(parameter)
-        if reason:
-            raise BaseModelError(
-                f"{parameter} cannot be written back: {reason}.",
-                hint="transformers cannot undo its own conversion of this checkpoint; keep the adapter unmerged.",
-            )
+        self.names.check_two_ways(parameter)
         names = self.assigned.of_module.get(parameter.rpartition(".")[0], ())
         raise AccountingError(
             f"The adapter changes {parameter}, which a {self.names.architecture} has, but which is neither in the"

@@ -13,6 +13,7 @@ import torch
 from merge_adapter.errors import MalformedError
 from merge_adapter.methods.blocks import block_rows
 from merge_adapter.methods.change import Kind, RowChange, RowKernel, Weights
+from merge_adapter.methods.scratch import Scratch
 from merge_adapter.methods.sums import SumsKernel
 
 if TYPE_CHECKING:
@@ -41,22 +42,6 @@ class Retained:
         asked = math.fsum(part[1] for part in parts)
         kept = math.fsum(part[0] for part in parts)
         return kept / asked if asked > 0 and math.isfinite(kept / asked) else None
-
-
-class Scratch:
-    """Buffers of one worker thread on the device that computes, reused from block to block."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, role: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`[rows, columns]`, contiguous, with whatever was in it. Equal roles share memory."""
-        wanted = rows * columns
-        buffer = self._buffers.get((role, dtype))
-        if buffer is None or buffer.numel() < wanted:
-            buffer = self._buffers[role, dtype] = torch.empty(wanted, dtype=dtype, device=self.device)
-        return buffer[:wanted].view(rows, columns)
 
 
 class RowRun:
@@ -118,7 +103,7 @@ class RowRun:
                 rounded.copy_(self._stored(row, block.shape[0])).add_(update)
             else:
                 rounded.copy_(merged)
-            emit(row, rounded.cpu())
+            emit(row, scratch.fetch(rounded))
             back = merged if dtype == torch.float32 else scratch.take("back", *block.shape).copy_(rounded)
             self.retained.add(row, *kept_and_asked(self._spec.name, block, back, update))
 
@@ -129,7 +114,7 @@ class RowRun:
         for row in range(start, stop, step):
             check()
             stored = self._stored(row, min(step, stop - row))
-            yield row, scratch.take("block", *stored.shape).copy_(stored)
+            yield row, scratch.load("block", stored)
 
     def _stored(self, row: int, count: int) -> Tensor:
         return as_rows(self._source.read_rows(self._spec.name, row, row + count))

@@ -5,7 +5,8 @@ make up one parameter, and converts them (stack experts, split a fused projectio
 `converted_names` runs the same rules on meta tensors and keeps the result as groups: the disk tensors and
 the parameters that turn into each other only together. Back to disk goes `revert_weight_conversion`, one
 group at a time; base-model prefixes, which it does not restore, are restored from the forward map. A group is
-tried there and back on shapes before it is first given out; one that fails answers no question.
+tried there and back on shapes before it is first given out, on values where its operations are not transformers'
+own; one that fails goes one way only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 
 from merge_adapter.methods.change import Group, ModuleKind, TensorSpec
+from merge_adapter.names.one_way import OneWay, OneWayError
 
 Tensors = Mapping[str, torch.Tensor]
+_OWN_OPERATIONS = "transformers.core_model_loading"
+"""Where the operations live that only move values, each with an exact reverse."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class ConvertedNames:
     """Parameter -> the others of the same storage."""
     unused: tuple[str, ...]
     """Tensors on disk that no parameter takes."""
-    failures: dict[str, str]
-    """Parameter -> why its conversion cannot be undone, as far as has been tried."""
+    failures: dict[str, OneWay]
+    """Parameter -> the conversion that makes it and cannot be undone, as far as has been tried."""
     tried: set[str] = field(default_factory=set, repr=False)
     """First parameters of the groups that were tried."""
 
@@ -151,9 +155,22 @@ class ConvertedNames:
         if group.first not in self.tried:
             self.tried.add(group.first)
             made = _try_group(group, self.model.state_dict())
-            if isinstance(made, str):
-                self.failures.update((spec.name, made) for spec in group.parameters)
+            if isinstance(made, OneWay):
+                self.failures.update((spec.name, made) for spec in made.parameters)
         return group.first not in self.failures
+
+    def check_two_ways(self, parameter: str) -> None:
+        """Raise OneWayError, with all that cannot be undone, when this parameter is among it."""
+        self.group(parameter)
+        name = next(
+            (one for one in (parameter, *self.shared.get(parameter, ())) if one in self.failures), None
+        )
+        if name is None:
+            return
+        for group in self.groups.values():
+            self._works(group)
+        found = {id(one): one for one in self.failures.values()}
+        raise OneWayError(name, self.model, tuple(found.values()))
 
     def module(self, path: str) -> torch.nn.Module | None:
         """The module on the meta device."""
@@ -190,42 +207,66 @@ def converted_names(model: Any, tensors: Mapping[str, TensorSpec]) -> ConvertedN
             collected.setdefault(name, {})[tensor] = pattern
         else:
             unused.append(tensor)
-    model._weight_conversions = [entry for entry in conversions if entry.was_used()]
+    model._weight_conversions = [entry for entry in conversions if entry.was_used() and _reversible(entry)]
 
     renamed: dict[str, str] = {}
     groups: dict[str, ConvertedGroup] = {}
-    failures: dict[str, str] = {}
+    failures: dict[str, OneWay] = {}
     for first, sources in collected.items():
         patterns = tuple(pattern for pattern in sources.values() if pattern is not None)
         if not patterns and len(sources) == 1:
             renamed[first] = next(iter(sources))
         elif len(patterns) != len(sources):
-            failures[first] = f"{first} is made from several tensors: {', '.join(list(sources)[:4])}"
+            whole = TensorSpec(first, tensors[next(iter(sources))].dtype, tuple(state[first].shape))
+            reason = f"{first} is made from several tensors: {', '.join(list(sources)[:4])}"
+            failures[first] = OneWay((whole,), tuple(sources), reason)
         else:
             specs = tuple(tensors[name] for name in sources)
             whole = TensorSpec(first, specs[0].dtype, tuple(state[first].shape))
             group = ConvertedGroup(model, (whole,), specs, first, by_pattern[patterns[0]], patterns)
             # One conversion into several parameters tells their names only when it is run.
             made = _try_group(group, state) if len(group.converter.target_patterns) > 1 else group
-            if isinstance(made, str):
-                failures[first] = made
+            if isinstance(made, OneWay):
+                failures.update((spec.name, made) for spec in made.parameters)
             else:
                 groups.update((spec.name, made) for spec in made.parameters)
     return ConvertedNames(model, renamed, groups, _shared(model), tuple(unused), failures)
 
 
-def _try_group(group: ConvertedGroup, state: Tensors) -> ConvertedGroup | str:
-    """The group with the parameters it makes, after meta tensors went there and back; or why it cannot be used."""
+def _try_group(group: ConvertedGroup, state: Tensors) -> ConvertedGroup | OneWay:
+    """The group with the parameters it makes, after tensors went there and back; or why it goes one way only."""
+    names, reason = [group.first], ""
     try:
-        made = group.load({spec.name: torch.empty(spec.shape, device="meta") for spec in group.tensors})
+        stored = {spec.name: _trial(group, spec) for spec in group.tensors}
+        made = group.load(stored)
+        names = sorted(made)
         _check_shapes(made, {name: tuple(state[name].shape) for name in made})
-        _check_shapes(group.revert(made), {spec.name: spec.shape for spec in group.tensors})
+        back = group.revert(made)
+        _check_shapes(back, {spec.name: spec.shape for spec in group.tensors})
+        _check_values(back, stored)
     except Exception as error:  # noqa: BLE001 - any operation of transformers may fail; the plan then says why
-        return f"{group.first} does not convert there and back: {type(error).__name__}: {error}"
-    parameters = tuple(
-        TensorSpec(name, group.tensors[0].dtype, tuple(value.shape)) for name, value in sorted(made.items())
-    )
+        reason = f"{group.first} does not convert there and back: {type(error).__name__}: {error}"
+    dtype = group.tensors[0].dtype
+    parameters = tuple(TensorSpec(name, dtype, tuple(state[name].shape)) for name in names if name in state)
+    if reason:
+        return OneWay(parameters, tuple(spec.name for spec in group.tensors), reason)
     return replace(group, parameters=parameters)
+
+
+def _trial(group: ConvertedGroup, spec: TensorSpec) -> torch.Tensor:
+    """A tensor to try a conversion on: values only where the operation is not known to do nothing but move them."""
+    if all(type(operation).__module__ == _OWN_OPERATIONS for operation in group.converter.operations):
+        return torch.empty(spec.shape, device="meta")
+    return torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
+
+
+def _reversible(conversion: Any) -> bool:
+    """Whether transformers has a reverse of it; one without would stop the way back of all others."""
+    try:
+        conversion.reverse_transform()
+    except Exception:  # noqa: BLE001 - an operation without a reverse raises what it likes
+        return False
+    return True
 
 
 def _names_on_disk(model: Any, made: Iterable[str], expected: list[str]) -> dict[str, str]:
@@ -266,6 +307,12 @@ def _check_shapes(made: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Non
     for name, tensor in made.items():
         if tuple(tensor.shape) != tuple(expected[name]):
             raise ValueError(f"{name} comes out as {list(tensor.shape)}, expected {list(expected[name])}")
+
+
+def _check_values(made: Tensors, expected: Tensors) -> None:
+    for name, tensor in made.items():
+        if not tensor.is_meta and not torch.equal(tensor, expected[name]):
+            raise ValueError(f"{name} comes back with other values")
 
 
 def _shared(model: Any) -> dict[str, tuple[str, ...]]:

@@ -38,6 +38,9 @@ class DirectNames:
     def group(self, parameter: str) -> Group | None:  # noqa: ARG002
         return None
 
+    def check_two_ways(self, parameter: str) -> None:
+        pass
+
     def tied(self, parameter: str) -> tuple[str, ...]:  # noqa: ARG002
         return ()
 

@@ -28,6 +28,9 @@ def without_stored_apart(names: ConvertedNames, repository: Repository) -> Conve
     if not pairs:
         return names
     layout = find_layout(repository)
+    pairs = {  # a parameter that is not on disk as it is has no values of its own there
+        target: pair for target, pair in pairs.items() if set(pair) <= set(layout.specs)
+    }
     apart = {target for target, (one, other) in pairs.items() if _differ(repository, layout, one, other)}
     shared = {
         name: tuple(other for other in others if other not in apart)
