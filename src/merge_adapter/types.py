@@ -309,6 +309,10 @@ class Publication:
     """Number of the pull request; None for a commit on main."""
     draft: bool = False
     """True when the pull request waits for a verdict of pass."""
+    bytes_uploaded: int | None = None
+    """Of the files that were handed to the Hub; None where nothing had to be committed."""
+    bytes_saved: int | None = None
+    """Of the files that the Hub held already or copied on the server."""
 
 
 # ------------------------------------------------------------------------------------------- progress

@@ -10,7 +10,7 @@ errors.py       the client's errors turned into ours
 """
 
 from merge_adapter.hub.client import Hub
-from merge_adapter.hub.commits import Commit, Upload, commit
+from merge_adapter.hub.commits import Commit, Handed, Upload, commit, hand_over
 from merge_adapter.hub.errors import ConflictError
 from merge_adapter.hub.pulls import PullRequest, PullRequests
 from merge_adapter.hub.repository import HubRepository
@@ -18,10 +18,12 @@ from merge_adapter.hub.repository import HubRepository
 __all__ = [
     "Commit",
     "ConflictError",
+    "Handed",
     "Hub",
     "HubRepository",
     "PullRequest",
     "PullRequests",
     "Upload",
     "commit",
+    "hand_over",
 ]

@@ -6,8 +6,9 @@ that a source repository holds are copied on the server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from merge_adapter.errors import MergeAdapterError
+from merge_adapter.errors import HubError, MergeAdapterError
 from merge_adapter.hub.errors import ConflictError
 from merge_adapter.hub.session import RETRIED_STATUSES, once
 from merge_adapter.types import Progress
@@ -28,13 +29,25 @@ Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
 @dataclass(frozen=True)
+class Handed:
+    """A large file whose content the Hub holds already, for a commit still to come. Made by `hand_over`."""
+
+    operation: CommitOperationAdd
+
+
+@dataclass(frozen=True)
 class Upload:
     """One file of the commit."""
 
     path_in_repo: str
-    place: Path
+    place: Path | None
+    """Where it lies; None for one that was handed over or that a repository of the Hub holds."""
     bytes: int
     sha256: str
+    handed: Handed | None = None
+    """Set for content that was handed over before."""
+    fetch: Callable[[], AbstractContextManager[Path]] | None = None
+    """Brings a file without a `place` to this machine, for a Hub that refuses to copy it on the server."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,17 @@ class Commit:
     """Bytes of the files that were handed to the Hub; xet may have deduplicated parts of them."""
     bytes_copied: int
     """Bytes of the files copied on the server, or there already."""
+
+
+def hand_over(hub: Hub, repo_id: str, ref: str, upload: Upload) -> Handed | None:
+    """Give the Hub the content of one large file ahead of the commit to `ref`; the file may then go away.
+
+    None when the Hub would rather have the file inside the commit itself, as it does with small ones: then it must
+    stay. Raises HubError. Content handed over twice is sent once.
+    """
+    operation = _addition(upload)
+    _preupload_one(hub, repo_id, ref, operation, free_memory=True)
+    return Handed(operation) if operation._is_uploaded else None
 
 
 def commit(
@@ -82,7 +106,7 @@ def commit(
                 raise
         progress.note("The Hub refused to copy files between the repositories; they are uploaded instead.")
         paths = {copy.path_in_repo for copy in copies}
-        missing = [upload for upload in uploads if upload.path_in_repo in paths]
+        missing = [_brought(hub, repo_id, ref, upload) for upload in uploads if upload.path_in_repo in paths]
         more = [_addition(upload) for upload in missing]
         sent += _preupload(sender, more, missing, progress)
         copied = sum(upload.bytes for upload in uploads) - sent
@@ -102,11 +126,7 @@ class _Sender:
     body: str
 
     def preupload(self, addition: CommitOperationAdd) -> None:
-        with self.hub.calling(
-            f"upload {addition.path_in_repo} to {self.repo_id}", repo_id=self.repo_id, revision=self.ref
-        ):
-            # The client repeats each request of an upload by itself.
-            self.hub.api.preupload_lfs_files(self.repo_id, [addition], revision=self.ref, free_memory=False)
+        _preupload_one(self.hub, self.repo_id, self.ref, addition, free_memory=False)
 
     def send(self, operations: Sequence[Operation], uploads: Sequence[Upload]) -> str:
         """Commit; the sha. A lost answer is resolved by looking at the ref."""
@@ -181,7 +201,30 @@ def _copied_on_server(
 
 
 def _addition(upload: Upload) -> CommitOperationAdd:
+    if upload.handed is not None:
+        return upload.handed.operation
+    if upload.place is None:
+        raise HubError(
+            f"{upload.path_in_repo} left this machine, and the Hub does not hold it any more",
+            hint="Run the same command again: it makes the file anew.",
+        )
     return CommitOperationAdd(path_in_repo=upload.path_in_repo, path_or_fileobj=upload.place)
+
+
+def _brought(hub: Hub, repo_id: str, ref: str, upload: Upload) -> Upload:
+    """An upload whose content can be sent: one that lies nowhere here is fetched, handed over, and goes away again."""
+    if upload.place is not None or upload.handed is not None or upload.fetch is None:
+        return upload
+    with upload.fetch() as place:
+        return replace(upload, handed=hand_over(hub, repo_id, ref, replace(upload, place=place)))
+
+
+def _preupload_one(
+    hub: Hub, repo_id: str, ref: str, addition: CommitOperationAdd, *, free_memory: bool
+) -> None:
+    with hub.calling(f"upload {addition.path_in_repo} to {repo_id}", repo_id=repo_id, revision=ref):
+        # The client repeats each request of an upload by itself.
+        hub.api.preupload_lfs_files(repo_id, [addition], revision=ref, free_memory=free_memory)
 
 
 def _preupload(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError
 from merge_adapter.publish.licences import read_licence
@@ -15,8 +16,21 @@ from merge_adapter.publish.settings import PublishSettings
 from merge_adapter.report.document import REPORT_FILE, dump
 from merge_adapter.types import Progress
 
+if TYPE_CHECKING:
+    from merge_adapter.hub import Handed
+
 _BLOCK = 4 << 20
 """Bytes hashed at a time."""
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A weight file that was made and judged, and has left this machine or was never on it."""
+
+    handed: Handed | None = None
+    """Its content as the Hub was given it; None for a file that is copied on the server."""
+    fetch: Callable[[], AbstractContextManager[Path]] | None = None
+    """Brings a file that is copied on the server here, for a Hub that refuses the copy."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +39,28 @@ class LocalFile:
 
     path: str
     """Inside the merged folder, with forward slashes."""
-    place: Path
+    place: Path | None
+    """None for a file that is not on this machine: `gone` says where it is."""
     bytes: int
     sha256: str
+    gone: Gone | None = None
 
 
-def check_contents(folder: Path, report: Mapping[str, Any], progress: Progress) -> tuple[LocalFile, ...]:
+def check_contents(
+    folder: Path, report: Mapping[str, Any], progress: Progress, *, gone: Mapping[str, Gone] | None = None
+) -> tuple[LocalFile, ...]:
     """The files of `report` and the report itself, after comparing each with its recorded size and hash.
 
-    Raises InputError naming every file that is missing or differs. Files the report does not list stay here.
+    Those in `gone` are not in the folder; the Hub compares their hashes itself. Raises InputError naming every file
+    that is missing or differs. Files the report does not list stay here.
     """
-    listed = report["output"]["files"]
+    gone = gone or {}
+    elsewhere = [
+        LocalFile(entry["path"], None, entry["bytes"], entry["sha256"], gone[entry["path"]])
+        for entry in report["output"]["files"]
+        if entry["path"] in gone
+    ]
+    listed = [entry for entry in report["output"]["files"] if entry["path"] not in gone]
     files: list[LocalFile] = []
     problems: list[str] = []
     root = folder.resolve()
@@ -52,7 +77,7 @@ def check_contents(folder: Path, report: Mapping[str, Any], progress: Progress) 
             f"{folder} is not what its {REPORT_FILE} describes: {shown}",
             hint="Nothing was published. Merge again; a folder is published only as the gate judged it.",
         )
-    return (*files, _report_file(root, report))
+    return (*files, *elsewhere, _report_file(root, report))
 
 
 def check_card(folder: Path, settings: PublishSettings) -> None:

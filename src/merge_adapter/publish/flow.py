@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import HubError, InputError, NotFoundError, PolicyError
-from merge_adapter.hub import ConflictError, PullRequest, PullRequests, Upload
+from merge_adapter.hub import Commit, ConflictError, PullRequest, PullRequests, Upload
 from merge_adapter.hub import commit as commit_to_hub
 from merge_adapter.publish import description
-from merge_adapter.publish.contents import LocalFile, check_card, check_contents
+from merge_adapter.publish.contents import Gone, LocalFile, check_card, check_contents
 from merge_adapter.publish.identity import (
     Identity,
     Marker,
@@ -68,6 +68,10 @@ class _Job:
     settings: PublishSettings
     hub: Hub
     progress: Progress
+    held_at: str | None = None
+    """Commit of the target that holds files which are not on this machine."""
+    pending: bool = False
+    """Whether the gate has more to say: a draft, then, that is not commented on yet."""
 
     @property
     def passed(self) -> bool:
@@ -128,15 +132,20 @@ def publish(
     hub: Hub,
     settings: PublishSettings,
     progress: Progress,
+    gone: Mapping[str, Gone] | None = None,
+    held_at: str | None = None,
+    pending: bool = False,
 ) -> Publication | None:
     """Offer a merged folder on the Hub; None when the verdict is not pass and drafts are not wanted.
 
+    `gone` are files of the report that are not in the folder: handed over before, copied on the server, or held by
+    the target's commit `held_at`. `pending` says that the verdict is not the last one, so that a draft is wanted.
     Raises InputError when the folder is not what `report` says, PolicyError when it may not be published there,
     HubError when the Hub fails or refuses.
     """
     if settings.publish_to is PublishTo.NONE:
         return None
-    files = check_contents(folder, report, progress)
+    files = check_contents(folder, report, progress, gone=gone)
     if settings.target is None:
         settings = prepare_folder(report, settings, hub=hub)
     assert settings.target is not None
@@ -145,7 +154,7 @@ def publish(
         raise InputError(
             f"the report says {report['verification']['verdict']}, the gate {verification.verdict}"
         )
-    if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD:
+    if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD and not pending:
         progress.note(f"Nothing is published: the verdict is {verification.verdict.value}.")
         return None
     job = _Job(
@@ -157,6 +166,8 @@ def publish(
         settings=settings,
         hub=hub,
         progress=progress,
+        held_at=held_at,
+        pending=pending,
     )
     for round_ in range(_ROUNDS):
         try:
@@ -168,10 +179,28 @@ def publish(
     raise AssertionError("at least one round is made")
 
 
-def _publish_once(job: _Job) -> Publication:
+def open_draft(
+    report: Mapping[str, Any], *, hub: Hub, settings: PublishSettings, progress: Progress
+) -> PullRequest:
+    """The draft that a merge will go to, before there is anything to put into it: one of its lane, or a new one.
+
+    `report` needs sources and settings only. Made so that content can be handed over ahead of the commit.
+    """
+    assert settings.target is not None
+    identity = identity_of_report(report, settings.target.path_in_repo)
+    job = _Job(report, Verdict.INCONCLUSIVE, (), identity, settings.target, settings, hub, progress)
+    _ensure_target(job)
+    return _choose(job) or _create(job)
+
+
+def _ensure_target(job: _Job) -> None:
     if find_target(job.target, hub=job.hub) is None:
         job.hub.create(job.target.repo_id, private=job.target.private)
         find_target(job.target, hub=job.hub)  # somebody else may have made it, more open
+
+
+def _publish_once(job: _Job) -> Publication:
+    _ensure_target(job)
     main = job.open("main")
     if job.passed and _same(main, job.identity, job.target) is not None:
         return _on_main(main, job.target, Operation.UNCHANGED, job.hub)
@@ -192,10 +221,11 @@ def _publish_on_main(job: _Job, main: HubRepository) -> Publication:
             f"{main.origin} holds files that were not published from this adapter",
             hint="Offer a pull request instead (--publish pull-request) or name another --target-repo.",
         )
-    commit = _commit(job, "main", main, earlier)
-    _check(job, commit, job.listed)
+    made = _commit(job, "main", main, earlier)
+    _check(job, made.sha, job.listed)
+    _close_superseded(job, None)
     operation = Operation.CREATED if earlier is None else Operation.UPDATED
-    return _on_main(job.open(commit), job.target, operation, job.hub)
+    return _with_bytes(_on_main(job.open(made.sha), job.target, operation, job.hub), made)
 
 
 def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
@@ -208,22 +238,24 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
     if settled and pull.draft is not job.passed:
         return _on_pull(pull, head.revision, job.target, Operation.UNCHANGED)
 
-    commit = head.revision if same is not None else _commit_to_pull(job, pull, head, earlier)
+    made = _commit_to_pull(job, pull, head, earlier) if same is None else None
+    commit = head.revision if made is None else made.sha
     _check(job, commit, job.listed if same is None else listed_files(same))
     if not settled:
         job.pulls.describe(pull, description.title(job.report), _description(job, pull.number))
     if job.passed:
         job.pulls.make_ready(pull)
         _close_superseded(job, pull)
-    else:
+    elif not job.pending:
         job.pulls.comment(pull, description.evidence_comment(job.report, job.verdict))
     operation = Operation.UPDATED if filled else Operation.CREATED
-    return _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
+    published = _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
+    return published if made is None else _with_bytes(published, made)
 
 
 def _commit_to_pull(
     job: _Job, pull: PullRequest, head: HubRepository, earlier: Mapping[str, Any] | None
-) -> str:
+) -> Commit:
     try:
         return _commit(job, pull.ref, head, earlier)
     except HubError as error:
@@ -263,17 +295,18 @@ def _create(job: _Job) -> PullRequest:
     return first
 
 
-def _close_superseded(job: _Job, kept: PullRequest) -> None:
-    """Drafts of the same lane are of no use once one passed."""
+def _close_superseded(job: _Job, kept: PullRequest | None) -> None:
+    """Drafts of the same lane are of no use once one passed; `kept` is None when it went to main."""
     for pull in _of_lane(job.pulls, job.identity):
-        if pull.number != kept.number and pull.draft:
-            job.pulls.close(pull, f"Superseded by #{kept.number}, which passed.")
+        if pull.draft and (kept is None or pull.number != kept.number):
+            better = f"#{kept.number}" if kept is not None else "a commit to main"
+            job.pulls.close(pull, f"Superseded by {better}, which passed.")
 
 
-def _commit(job: _Job, ref: str, parent: HubRepository, earlier: Mapping[str, Any] | None) -> str:
-    """Put the files on `ref`; its new head. Files that an earlier publication listed and this one lacks go away."""
+def _commit(job: _Job, ref: str, parent: HubRepository, earlier: Mapping[str, Any] | None) -> Commit:
+    """Put the files on `ref`. Files that an earlier publication listed and this one lacks go away."""
     prefix = f"{job.target.path_in_repo}/" if job.target.path_in_repo else ""
-    uploads = [Upload(prefix + file.path, file.place, file.bytes, file.sha256) for file in job.files]
+    uploads = [_upload(prefix, file) for file in job.files]
     kept = {upload.path_in_repo for upload in uploads}
     stale = (
         [] if earlier is None else [prefix + path for path in listed_files(earlier) if path in parent.files]
@@ -295,7 +328,12 @@ def _commit(job: _Job, ref: str, parent: HubRepository, earlier: Mapping[str, An
         f"Uploaded {result.bytes_sent:,} bytes, saved {result.bytes_copied:,} that the Hub had"
         + (f"; the merge changed {changed:,}." if isinstance(changed, int) else ".")
     )
-    return result.sha
+    return result
+
+
+def _upload(prefix: str, file: LocalFile) -> Upload:
+    gone = file.gone or Gone()
+    return Upload(prefix + file.path, file.place, file.bytes, file.sha256, gone.handed, gone.fetch)
 
 
 def _sources(job: _Job) -> list[HubRepository]:
@@ -305,6 +343,8 @@ def _sources(job: _Job) -> list[HubRepository]:
         if entry.get("revision") and entry.get("id"):
             with suppress(NotFoundError, PolicyError):
                 found.append(job.hub.open(entry["id"], revision=entry["revision"]))
+    if job.held_at is not None:
+        found.append(job.hub.open(job.target.repo_id, revision=job.held_at))
     return found
 
 
@@ -345,3 +385,7 @@ def _on_main(repository: HubRepository, target: Target, operation: Operation, hu
 
 def _on_pull(pull: PullRequest, commit: str, target: Target, operation: Operation) -> Publication:
     return Publication(target.repo_id, pull.url, operation, commit, pull.number, pull.draft)
+
+
+def _with_bytes(publication: Publication, made: Commit) -> Publication:
+    return replace(publication, bytes_uploaded=made.bytes_sent, bytes_saved=made.bytes_copied)

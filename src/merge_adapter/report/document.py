@@ -171,6 +171,8 @@ def publication_entry(publication: Publication) -> dict[str, Any]:
         "operation": publication.operation.value,
         "commit": publication.commit,
         "draft": publication.draft,
+        "bytes_uploaded": publication.bytes_uploaded,
+        "bytes_saved": publication.bytes_saved,
     }
 
 
