@@ -21,6 +21,7 @@ from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.soft_prompt import NewRows, VirtualTokens
 from merge_adapter.packaging.soft_prompt import with_tokens
 from merge_adapter.pipeline import Merged, MergeRequest, merge_to_folder, plan_merge
+from merge_adapter.report import document
 from merge_adapter.resolve import SourceRequest
 from merge_adapter.types import MergeSettings, Silent, SoftPrompt, Verdict, Verification
 from merge_adapter.verify import VerifySettings, verify
@@ -108,7 +109,10 @@ def copy(folded: Merged, tmp_path: Path) -> Path:
 
 
 def _judge(folded: Merged, folder: Path) -> Verification:
-    return verify(folder, folded.sources, settings=QUICK)
+    """The gate's answer, whose report keeps to its schema whatever it is."""
+    verification = verify(folder, folded.sources, settings=QUICK)
+    document.validate_judgement(document.verdict_only(folded.sources, verification), place=folder.name)
+    return verification
 
 
 # ----------------------------------------------------------------------------------------------- what is made

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.report import document
 from merge_adapter.types import Adapter, BaseModel, Resolved, Verification
 from merge_adapter.verify import VerifySettings, verify
 
@@ -72,6 +73,20 @@ def sources_of() -> Callable[..., Resolved]:
     return resolved
 
 
+def judged(merged: Path, sources: Resolved, settings: VerifySettings) -> Verification:
+    """The gate's answer, which must make a report that keeps to the schema, whatever it is."""
+    verification = verify(merged, sources, settings=settings)
+    report = json.loads(document.dump(document.verdict_only(sources, verification)))
+    document.validate_judgement(report, place=merged.name)
+    return verification
+
+
+@pytest.fixture(scope="session")
+def reported() -> Callable[[Path, Resolved, VerifySettings], Verification]:
+    """`judged`, for modules of tests."""
+    return judged
+
+
 @pytest.fixture(scope="session")
 def silence() -> Callable[[], Any]:
     """`quiet`, for modules of tests."""
@@ -95,7 +110,7 @@ class Good:
     def judge(self, merged: Path | None = None, **settings: Any) -> Verification:
         """The gate's answer, without the outputs part unless asked for."""
         chosen = VerifySettings(**{"outputs": False, **settings})
-        return verify(merged or self.merged, self.sources, settings=chosen)
+        return judged(merged or self.merged, self.sources, chosen)
 
 
 def base_as(base: Path, folder: Path, dtype: torch.dtype) -> Path:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_adapter.types import Verdict
-from merge_adapter.verify import VerifySettings, verify
+from merge_adapter.verify import VerifySettings
 
 TEXT = {"vocab_size": 2048, "initializer_range": 0.2}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -167,11 +167,13 @@ class Made:
 
     folder: Path
     sources: Any
+    judged: Callable[..., Any]
+    """The gate, whose report is checked against its schema."""
 
     def judge(self, merged: Path | None = None, **settings: Any) -> Any:
         """The gate's answer at small cost, in this process."""
         chosen = {"isolated": False, "probe_tokens": 256, "greedy_tokens": 4, "greedy_prompts": 2, **settings}
-        return verify(merged or self.folder / "merged", self.sources, settings=VerifySettings(**chosen))
+        return self.judged(merged or self.folder / "merged", self.sources, VerifySettings(**chosen))
 
     def spoiled(self, target: Path, factor: float, *, alone: bool = False) -> Path:
         """A copy of the merge with its updates, or the second one `alone`, `factor` times as strong."""
@@ -193,7 +195,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(
-    tmp_path_factory: pytest.TempPathFactory, lm_base: Path, sources_of: Any, silence: Any
+    tmp_path_factory: pytest.TempPathFactory, lm_base: Path, sources_of: Any, silence: Any, reported: Any
 ) -> Callable[[str, str], Made]:
     """`made("t5", "bf16")`: each built once."""
     kept: dict[tuple[str, str], Made] = {}
@@ -203,7 +205,7 @@ def made(
             folder = tmp_path_factory.mktemp("kind")
             with silence():
                 _build(CASES[name], {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], folder, lm_base)
-            kept[name, dtype] = Made(folder, sources_of(folder / "adapter", folder / "base"))
+            kept[name, dtype] = Made(folder, sources_of(folder / "adapter", folder / "base"), reported)
         return kept[name, dtype]
 
     return build
@@ -300,7 +302,7 @@ def test_an_encoder_decoder_writes_what_the_reference_writes(made: Callable[[str
 
 
 def test_sounds_go_through_the_repository_s_feature_extractor(
-    made: Callable[[str, str], Made], sources_of: Any, tmp_path: Path
+    made: Callable[[str, str], Made], sources_of: Any, reported: Any, tmp_path: Path
 ) -> None:
     """Where it has one that works, the model hears what its users' sounds become."""
     import transformers
@@ -309,7 +311,7 @@ def test_sounds_go_through_the_repository_s_feature_extractor(
     extractor = transformers.WhisperFeatureExtractor(feature_size=8, hop_length=250, chunk_length=1)
     for place in ("base", "merged"):
         extractor.save_pretrained(folder / place)
-    result = Made(folder, sources_of(folder / "adapter", folder / "base")).judge()
+    result = Made(folder, sources_of(folder / "adapter", folder / "base"), reported).judge()
     assert result.verdict is Verdict.PASS, result.reasons
     assert "through the repository's feature extractor" in result.evidence["probes"]["source"]
 

@@ -212,21 +212,32 @@ def read(folder: Path) -> dict[str, Any]:
 
 def validate(document: object, *, place: str) -> None:
     """Raise MalformedError naming the first field of `document` that breaks the schema."""
+    _check(document, schema(), f"{place} is not a merge report of schema {SCHEMA}")
+
+
+def validate_judgement(document: object, *, place: str) -> None:
+    """The same for what `verify --json` prints: the sections that exist when nothing was merged."""
+    whole = schema()
+    wanted = {"$schema": whole["$schema"], "$ref": "#/$defs/judgement", "$defs": whole["$defs"]}
+    _check(document, wanted, f"{place} is not a judgement of schema {SCHEMA}")
+
+
+def _check(document: object, wanted: Mapping[str, Any], failing: str) -> None:
     from jsonschema import Draft202012Validator
 
-    errors = sorted(Draft202012Validator(schema()).iter_errors(document), key=lambda error: list(error.path))
+    errors = sorted(Draft202012Validator(wanted).iter_errors(document), key=lambda error: list(error.path))
     if errors:
         first = errors[0]
         field = "/".join(str(part) for part in first.path) or "the document"
         raise MalformedError(
-            f"{place} is not a merge report of schema {SCHEMA}: {field}: {first.message[:300]}",
+            f"{failing}: {field}: {first.message[:300]}",
             hint="Merge again with this version of merge-adapter.",
         )
 
 
 @cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of merge_report.json."""
+    """The JSON schema of merge_report.json; its definition `judgement` is that of what `verify --json` prints."""
     return dict(json.loads(files("merge_adapter.report").joinpath("schema.json").read_text(encoding="utf-8")))
 
 
