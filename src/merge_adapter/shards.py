@@ -19,7 +19,8 @@ from merge_adapter.checkpoint.reader import buffer_of
 from merge_adapter.checkpoint.writer import ShardWriter, copy_file
 from merge_adapter.methods.blocks import block_rows
 from merge_adapter.methods.change import Kind, ModuleChange, Replacement, RowChange, TensorSpec, Weights
-from merge_adapter.methods.rows import Retained, RowRun, Scratch, as_rows, kept_and_asked
+from merge_adapter.methods.rows import Retained, RowRun, as_rows, kept_and_asked
+from merge_adapter.methods.scratch import Scratch, scratch_on
 from merge_adapter.methods.sums import SumOfModules
 from merge_adapter.plan import MergePlan, Step
 from merge_adapter.types import FileOrigin, OutputFile, Repository, Task
@@ -219,7 +220,7 @@ class Work:
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch(self._device)
+            self._local.scratch = scratch_on(self._device)
         scratch: Scratch = self._local.scratch
         return scratch
 
@@ -244,11 +245,14 @@ class Work:
         if not work.changes:
             self._cast_rows(work, start, stop, dtype, emit)
             return
-        with work.lock:
-            if work.run is None:
-                work.run = RowRun(work.source, work.source_name, work.changes, work.adapters, self._device)
-                work.run.survey(self._scratch(), self.stop.check)
-        work.run.run(self._scratch(), start=start, stop=stop, dtype=dtype, emit=emit, check=self.stop.check)
+        scratch = self._scratch()
+        with scratch.working():
+            with work.lock:
+                if work.run is None:
+                    work.run = RowRun(work.source, work.source_name, work.changes, work.adapters, self._device)
+                    work.run.survey(scratch, self.stop.check)
+                    scratch.settle()
+            work.run.run(scratch, start=start, stop=stop, dtype=dtype, emit=emit, check=self.stop.check)
         with work.lock:
             work.jobs_left -= 1
             if not work.jobs_left:

@@ -53,23 +53,24 @@ class CudaScratch(Scratch):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
-        self._sent = torch.cuda.Event()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         """When the pinned block was last on the device, and may be overwritten."""
 
     def working(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
     def load(self, role: str, stored: Tensor) -> Tensor:
-        pinned = self.take(self._TO, *stored.shape, stored.dtype)
+        rows, columns = stored.shape
         self._sent.synchronize()
-        pinned.copy_(stored)
-        raw = self.take("as stored", *stored.shape, stored.dtype).copy_(pinned, non_blocking=True)
+        pinned = self.take(self._TO, rows, columns, stored.dtype).copy_(stored)
+        raw = self.take("as stored", rows, columns, stored.dtype).copy_(pinned, non_blocking=True)
         self._sent.record(self._stream)
-        return self.take(role, *stored.shape).copy_(raw)
+        return self.take(role, rows, columns).copy_(raw)
 
     def fetch(self, block: Tensor) -> Tensor:
-        pinned = self.take(self._FROM, *block.shape, block.dtype).copy_(block, non_blocking=True)
+        rows, columns = block.shape
+        pinned = self.take(self._FROM, rows, columns, block.dtype).copy_(block, non_blocking=True)
         self._stream.synchronize()
         return pinned
 
