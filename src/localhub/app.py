@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from localhub import routing
-from localhub.errors import RefusedError
+from localhub.errors import RefusedError, RepoNotFoundError
+from localhub.git import UNREADABLE
 from localhub.hub import Hub
 
 routing.register()
@@ -87,7 +88,14 @@ async def _common_headers(request: Request, call_next: Callable[[Request], Await
 
     Clients that read a log compare its timestamps with Date; uvicorn's own may be a second old.
     """
-    response = await call_next(request)
+    try:
+        response = await call_next(request)
+    except UNREADABLE:
+        repository = getattr(request.state, "reading", None)
+        if repository is None or request.app.state.hub.git.path(repository).exists():
+            raise
+        # Deleted or moved while it was read.
+        response = _refused(request, RepoNotFoundError(anonymous="authorization" not in request.headers))
     response.headers["Date"] = formatdate(usegmt=True)
     response.headers["X-Request-Id"] = request.headers.get("x-amzn-trace-id") or secrets.token_hex(8)
     return response

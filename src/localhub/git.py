@@ -27,6 +27,8 @@ from localhub.repositories import Repository
 _SHA = re.compile(r"[0-9a-f]{7,40}")
 _REF_NAME = re.compile(r"(?!/|.*(?:[/.]\.|//|@\{|\\))[^\x00-\x20\x7f~^:?*\[]+(?<!\.lock)(?<![/.])")
 MAIN = "refs/heads/main"
+UNREADABLE = (KeyError, pygit2.GitError)
+"""What reading raises when objects are missing."""
 
 
 @dataclass(frozen=True)

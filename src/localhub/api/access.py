@@ -90,12 +90,14 @@ class Context:
         Raises:
             RepoNotFoundError: it was deleted since it was looked up.
         """
+        self.request.state.reading = repository
         try:
             return self.hub.git.open(repository)
         except FileNotFoundError:
             # A move or deletion is under way, or over: look again after it.
             with self.hub.git.lock(repository):
                 fresh = self.present(repository)
+                self.request.state.reading = fresh
                 return self.hub.git.open(fresh)
 
     def present(self, repository: Repository) -> Repository:

@@ -17,8 +17,9 @@ from localhub.errors import (
     ForbiddenError,
     LoginRequiredError,
     NotFoundError,
-    RepoNotFoundError,
+    RefusedError,
 )
+from localhub.git import UNREADABLE
 from localhub.repositories import AccessStatus, Gate, Repository
 
 router = APIRouter()
@@ -164,9 +165,11 @@ def listing(ctx: Ctx, kind: str, request: Request) -> Response:
             continue
         try:
             git = ctx.git(repository)
-        except RepoNotFoundError:  # deleted since the list was read
-            continue
-        shown = present.repository(repository, git, git.resolve("main"))
+            shown = present.repository(repository, git, git.resolve("main"))
+        except (RefusedError, *UNREADABLE):
+            if ctx.hub.repositories.by_id(repository.id) is None:  # deleted since the list was read
+                continue
+            raise
         if all(tag in shown["tags"] for tag in wanted):
             found.append(_trimmed(shown, query))
     _sort(found, query.get("sort"), ascending=query.get("direction") == "1")
