@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.measure import interleaved
 from benchmarks.page import STARTUP, page, replace_measured, table
 from benchmarks.results import Results
-from benchmarks.rows import ROWS, WAYS, files, imports, ways
+from benchmarks.rows import ROWS, WAYS, files, imports, memory_limit, ways
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 FOLDER = DOCUMENT.with_suffix("")
@@ -33,7 +33,12 @@ def main() -> None:
         results.put(STARTUP, interleaved(imports(), Path(scratch), rounds=options.rounds))
         for name in options.rows:
             base, adapter = files(name, options.work)
-            row = interleaved(ways(base, adapter, options.ways), Path(scratch), rounds=options.rounds)
+            row = interleaved(
+                ways(name, base, adapter, options.ways),
+                Path(scratch),
+                rounds=options.rounds,
+                memory=memory_limit(name),
+            )
             print(table({name: row}), flush=True)
             results.put(name, row)
             if options.write:

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+
+from benchmarks.memory_group import memory_group
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,31 @@ class Samples:
         return median(self.peak)
 
 
-def interleaved(commands: list[Command], scratch: Path, *, rounds: int) -> dict[str, Samples]:
+def interleaved(
+    commands: list[Command], scratch: Path, *, rounds: int, memory: int | None = None
+) -> dict[str, Samples]:
     """Each command once per round, in turn, so that a drift of the machine's speed meets all alike.
+
+    `memory`: bytes that a command may hold, the kernel's copies of files included.
 
     Raises RuntimeError with the command's own output when it fails.
     """
     samples = {command.name: Samples() for command in commands}
     for _ in range(rounds):
         for command in commands:
-            wall, cpu, peak = _once(command, scratch)
+            with nullcontext() if memory is None else memory_group(memory) as group:
+                wall, cpu, peak = _once(command, scratch, group)
             samples[command.name].wall.append(wall)
             samples[command.name].cpu.append(cpu)
             samples[command.name].peak.append(peak)
     return samples
 
 
-def _once(command: Command, scratch: Path) -> tuple[float, float, int]:
+def _once(command: Command, scratch: Path, group: Path | None) -> tuple[float, float, int]:
     out = scratch / "out"
     shutil.rmtree(out, ignore_errors=True)
-    arguments = [argument.replace("{out}", str(out)) for argument in command.arguments]
+    arguments = ["/bin/sh", "-c", f'echo $$ > {group} && exec "$@"', "sh"] if group else []
+    arguments += [argument.replace("{out}", str(out)) for argument in command.arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     log = scratch / "log"
     with log.open("wb") as stream:

@@ -32,6 +32,8 @@ class Size:
     kv_heads: int
     shards: int
     vocab: int = 32000
+    sparse: bool = False
+    """Zeros that take no room on the disk, where only the sizes matter."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ SIZES = {
         Size("0.1B", 640, 1728, 14, 10, 2, 2),
         Size("1.1B", 2048, 5632, 22, 32, 4, 5),
         Size("3B", 2560, 8704, 32, 32, 8, 7),
+        Size("8B", 4096, 14336, 32, 32, 8, 4, vocab=128256, sparse=True),
     )
 }
 
@@ -102,17 +105,31 @@ def base_model(size: Size, folder: Path) -> Path:
     total = 0
     for shard in range(size.shards):
         file = f"model-{shard + 1:05d}-of-{size.shards:05d}.safetensors"
-        tensors = {
-            name: _random(shape, seed=hash_of(name))
-            for name, shape in names[shard * per_shard : (shard + 1) * per_shard]
-        }
-        weight_map.update(dict.fromkeys(tensors, file))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shapes = dict(names[shard * per_shard : (shard + 1) * per_shard])
+        weight_map.update(dict.fromkeys(shapes, file))
+        total += sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+        if size.sparse:
+            _save_sparse(shapes, folder / file)
+        else:
+            tensors = {name: _random(shape, seed=hash_of(name)) for name, shape in shapes.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(size.config))
     return folder
+
+
+def _save_sparse(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """A safetensors file of bf16 zeros, as a hole in the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def lora(size: Size, base: Path, folder: Path, *, rank: int, dora: bool = False) -> Path:
