@@ -7,7 +7,7 @@ adapter file. Names are those of the merged model in memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,12 @@ class Expectations:
     """Where PEFT's layer and the raw config differ."""
 
 
-def expectations(model: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Expectations:
+def expectations(
+    model: Any, sources: Resolved, files: tuple[AdapterFile, ...], *, only: Set[str] | None = None
+) -> Expectations:
     """Walk PEFT's `model` and say what each tensor of the merged model must be.
 
+    With `only`, nothing is read or said of other tensors: what the base holds there need not be at hand.
     Raises MethodError for a layer that has no merge.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,8 +52,11 @@ def expectations(model: Any, sources: Resolved, files: tuple[AdapterFile, ...]) 
     found = Expectations()
     root = inner(model)
     handled: list[str] = []
+    above = None if only is None else {name[:at] for name in only for at in _dots(name)}
     for name, module in list(root.named_modules(remove_duplicate=False)):
         if any(name == path or name.startswith(path + ".") for path in handled[-1:]):
+            continue
+        if above is not None and name not in above:
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             handled.append(name)
@@ -61,7 +67,16 @@ def expectations(model: Any, sources: Resolved, files: tuple[AdapterFile, ...]) 
         else:
             for leaf, tensor in _own_tensors(module):
                 _plain(found, f"{name}.{leaf}" if name else leaf, tensor, files)
+    if only is not None:
+        found.plain = {name: tensor for name, tensor in found.plain.items() if name in only}
+        found.updates = {name: update for name, update in found.updates.items() if name in only}
+        found.layers = {name: layer for name, layer in found.layers.items() if name in only}
     return found
+
+
+def _dots(name: str) -> list[int]:
+    """Where the names of the modules around a tensor end; 0 for the model itself."""
+    return [0, *(at for at, letter in enumerate(name) if letter == ".")]
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -267,7 +282,8 @@ def _computed(found: Expectations, name: str, module: Any) -> None:
     assert truth is not None
     native = _merged_copy(module, None)
     label = f"PEFT's own {type(module).__module__.split('.')[2]} layer, {'fp64' if double is not None else 'fp32'}"
-    originals = {k: v.detach() for k, v in _state(base).items()}
+    # torch's MultiheadAttention has a layer of PEFT inside, which the merge takes out
+    originals = {k.replace("base_layer.", ""): v.detach() for k, v in _state(base).items()}
     for leaf, target in truth.items():
         original = originals.get(leaf)
         full = f"{name}.{leaf}" if name else leaf

@@ -7,8 +7,6 @@ Each part leaves findings; the heaviest of them is the verdict.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +44,7 @@ from merge_adapter.verify.quantized import dequantized_folder, stated
 from merge_adapter.verify.sentences import MODULES, source_of
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint, Layout
-from merge_adapter.verify.tensors import WeightsPart, evidence_of, judge_tensors, named_tensors
+from merge_adapter.verify.tensors import WeightsPart, judge_tensors, named_tensors, weights_section
 from merge_adapter.verify.weights import Agreement
 
 
@@ -225,21 +223,7 @@ class Gate:
         self.findings += part.findings
         updated = [entry for entry in part.tensors if entry.kind == "update"]
         self.findings += judge_effect([entry.effect for entry in updated])
-        self.evidence["weights"] = {
-            "verdict": str(verdict(part.findings)),
-            "tensors": len(part.tensors),
-            "updated": len(updated),
-            "replaced": sum(entry.kind == "replaced" for entry in part.tensors),
-            "kept": sum(entry.kind == "kept" for entry in part.tensors),
-            "agreement": dict(Counter(str(entry.agreement) for entry in part.tensors)),
-            "alpha": _span([entry.alpha for entry in updated]),
-            "retained": _span([entry.retained for entry in updated]),
-            "effect": _span([entry.effect for entry in updated]),
-            "worst_error": _span([entry.worst for entry in updated]),
-            "per_tensor": [
-                evidence_of(entry) for entry in part.tensors if entry.kind != "kept" or entry.diagnosis
-            ],
-        }
+        self.evidence["weights"] = weights_section(part)
         return part
 
     def _layers(self, expected: Expectations, model: Any, weights: WeightsPart) -> None:
@@ -259,14 +243,3 @@ class Gate:
         self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
         self.findings += judge_mutants(outcomes)
         return outcomes
-
-
-def _span(values: Iterable[float | None]) -> dict[str, float] | None:
-    found = sorted(value for value in values if value is not None and abs(value) < float("inf"))
-    if not found:
-        return None
-    return {
-        "min": float(f"{found[0]:.4g}"),
-        "median": float(f"{found[len(found) // 2]:.4g}"),
-        "max": float(f"{found[-1]:.4g}"),
-    }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from merge_adapter.verify.mapped import release
+from merge_adapter.verify.mapped import is_paged, need, release
 from merge_adapter.verify.scratch import own_scratch
 
 Content = Callable[[], Tensor]
@@ -74,6 +74,7 @@ class LazyFloat(Tensor):
             stored = args[1]._stored
             if stored is not None and not isinstance(args[0], LazyFloat):
                 # rows are picked before they are widened: a vocabulary is large, a batch is not
+                need(stored)
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(args[0], stored, *args[2:], **kwargs).float()
         if func is nn.functional.linear and len(args) >= 2 and isinstance(args[1], LazyFloat):
@@ -126,6 +127,8 @@ def _linear(vectors: Tensor, weight: LazyFloat, bias: Tensor | None = None) -> T
 
 def lazy(stored: Tensor, device: torch.device) -> Tensor:
     """`stored` as fp32 on `device`: lazily when it is 16 bit, as it is otherwise."""
+    if is_paged() and stored.is_floating_point():
+        return _lazy_paged(stored, device)
     if stored.dtype not in (torch.bfloat16, torch.float16):
         return stored if stored.device == device else stored.to(device)
     held = stored if stored.device == device else stored.to(device)
@@ -134,6 +137,23 @@ def lazy(stored: Tensor, device: torch.device) -> Tensor:
         out.copy_(held[start:stop])
 
     return LazyFloat(held.float, held.shape, device, held, fill if held.ndim == 2 else None)
+
+
+def _lazy_paged(stored: Tensor, device: torch.device) -> Tensor:
+    """The same for a tensor whose data comes when it is needed, and may be gone again after."""
+
+    def content() -> Tensor:
+        need(stored)
+        return stored.to(device, torch.float32, copy=True)
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        need(stored)
+        out.copy_(stored[start:stop])
+
+    on_cpu = device.type == "cpu"  # elsewhere an operation needs the content on its own device
+    return LazyFloat(
+        content, stored.shape, device, stored if on_cpu else None, fill if stored.ndim == 2 else None
+    )
 
 
 def lazy_content(shape: torch.Size, device: torch.device, fill: Fill) -> Tensor:
@@ -184,7 +204,8 @@ def widen(model: nn.Module, device: torch.device) -> None:
             module._parameters[name] = value  # type: ignore[assignment]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                moved = buffer.to(device)
+                need(buffer)
+                moved = buffer.to(device, copy=is_paged())
                 module._buffers[name] = (
                     moved.float() if moved.dtype in (torch.bfloat16, torch.float16) else moved
                 )

@@ -6,8 +6,10 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,38 @@ _ENTRY = 8
 
 SMALLEST = 1 << 18
 """Bytes below which a tensor is not worth a system call."""
+
+
+class Pager(Protocol):
+    """Brings weights to files that are mapped already, when they are about to be read."""
+
+    def need(self, tensor: Tensor) -> None:
+        """Return when the data of `tensor`, if it lies in such a file, is there. What was needed before may go."""
+        ...
+
+
+_pagers: list[Pager] = []
+
+
+@contextmanager
+def paged(pager: Pager) -> Iterator[None]:
+    """While the context lasts, ask `pager` before weights are read. One at a time in a process."""
+    _pagers.append(pager)
+    try:
+        yield
+    finally:
+        _pagers.remove(pager)
+
+
+def is_paged() -> bool:
+    """Whether weights may be absent until they are needed."""
+    return bool(_pagers)
+
+
+def need(tensor: Tensor) -> None:
+    """Make sure that the data of `tensor` is there; does nothing where all of it always is."""
+    for pager in _pagers:
+        pager.need(tensor)
 
 
 def release(tensor: Tensor) -> None:

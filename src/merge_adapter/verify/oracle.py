@@ -25,12 +25,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from merge_adapter.verify.mapped import need
 from merge_adapter.verify.rounding import UNIT32, half_ulp, unit
 from merge_adapter.verify.scratch import Scratch
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A view (rows, rest); a vector becomes (n, 1)."""
+    need(tensor)
     return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
-from merge_adapter.verify.findings import Finding, fault, note, undecided, warning
+from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
 from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
@@ -77,9 +78,18 @@ def judge_tensors(
 ) -> WeightsPart:
     """Compare every tensor of `merged` with what `expected` says of it."""
     held = named_tensors(merged)
-    findings = list(_key_set(expected, held))
+    findings = list(key_set({*expected.plain, *expected.updates}, set(held)))
+    tensors, found = judge_held(expected, held, sources, progress)
+    return weights_part(tensors, (*findings, *found))
+
+
+def judge_held(
+    expected: Expectations, held: Mapping[str, Tensor], sources: Resolved, progress: Progress
+) -> tuple[list[TensorEvidence], list[Finding]]:
+    """Compare the tensors `held`, all of a model or some, with what `expected` says of them."""
     lookup = _Lookup(expected)
     tensors: list[TensorEvidence] = []
+    findings: list[Finding] = []
     total = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def judge(name: str, tensor: Tensor) -> TensorEvidence | Finding | None:
@@ -93,15 +103,19 @@ def judge_tensors(
                 tensors.append(judged)
             task.advance(tensor.numel() * tensor.element_size())
     findings += [_as_finding(entry) for entry in tensors if entry.agreement is Agreement.WRONG]
-    findings += _remarks(tensors)
-    return WeightsPart(tuple(tensors), tuple(findings))
+    return tensors, findings
 
 
-def _key_set(expected: Expectations, held: Mapping[str, Tensor]) -> Iterator[Finding]:
-    wanted = set(expected.plain) | set(expected.updates)
-    for name in sorted(wanted - set(held)):
+def weights_part(tensors: Sequence[TensorEvidence], findings: Iterable[Finding]) -> WeightsPart:
+    """The part as a whole, with what only all tensors together tell."""
+    return WeightsPart(tuple(tensors), (*findings, *_remarks(tensors)))
+
+
+def key_set(wanted: Set[str], held: Set[str]) -> Iterator[Finding]:
+    """Every name that must be there is, and no other."""
+    for name in sorted(wanted - held):
         yield fault("weights", name, "the merged model has no such tensor")
-    for name in sorted(set(held) - wanted):
+    for name in sorted(held - wanted):
         yield fault("weights", name, "belongs to neither base nor adapter")
 
 
@@ -197,6 +211,37 @@ def total_effect(tensors: Sequence[TensorEvidence]) -> float:
         entry.effect for entry in tensors if entry.kind == "update" and entry.effect < float("inf")
     )
     return found[len(found) // 2] if found else 0.0
+
+
+def weights_section(part: WeightsPart) -> dict[str, Any]:
+    """For merge_report.json."""
+    updated = [entry for entry in part.tensors if entry.kind == "update"]
+    return {
+        "verdict": str(verdict(part.findings)),
+        "tensors": len(part.tensors),
+        "updated": len(updated),
+        "replaced": sum(entry.kind == "replaced" for entry in part.tensors),
+        "kept": sum(entry.kind == "kept" for entry in part.tensors),
+        "agreement": dict(Counter(str(entry.agreement) for entry in part.tensors)),
+        "alpha": _span([entry.alpha for entry in updated]),
+        "retained": _span([entry.retained for entry in updated]),
+        "effect": _span([entry.effect for entry in updated]),
+        "worst_error": _span([entry.worst for entry in updated]),
+        "per_tensor": [
+            evidence_of(entry) for entry in part.tensors if entry.kind != "kept" or entry.diagnosis
+        ],
+    }
+
+
+def _span(values: Iterable[float | None]) -> dict[str, float] | None:
+    found = sorted(value for value in values if value is not None and abs(value) < float("inf"))
+    if not found:
+        return None
+    return {
+        "min": float(f"{found[0]:.4g}"),
+        "median": float(f"{found[len(found) // 2]:.4g}"),
+        "max": float(f"{found[-1]:.4g}"),
+    }
 
 
 def evidence_of(entry: TensorEvidence) -> dict[str, Any]:
