@@ -91,6 +91,7 @@ class GateOptions:
 
     probe_tokens: opt.ProbeTokens = None
     probes: opt.Probes = None
+    dataset_probes: opt.DatasetProbes = True
 
     def settings(self, dtype: DType, device: str, *, trust_remote_code: bool) -> VerifySettings:
         from merge_adapter.verify.settings import VerifySettings
@@ -100,6 +101,7 @@ class GateOptions:
             device=device,
             probe_tokens=self.probe_tokens,
             probes=self.probes,
+            dataset_probes=self.dataset_probes,
             trust_remote_code=trust_remote_code,
         )
 

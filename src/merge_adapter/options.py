@@ -210,6 +210,14 @@ Probes = Annotated[
         rich_help_panel=_GATE,
     ),
 ]
+DatasetProbes = Annotated[
+    bool,
+    typer.Option(
+        "--dataset-probes/--no-dataset-probes",
+        help="Ask about a few documents of the public data sets that the adapter's card names.",
+        rich_help_panel=_GATE,
+    ),
+]
 Mutants = Annotated[
     bool,
     typer.Option(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.quantization import quantization_of
+from merge_adapter.domain import with_domain
 from merge_adapter.errors import StorageError
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
@@ -99,7 +100,7 @@ def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: 
     """
     _check_output(output)
     sources, plan = plan_merge(request, hub=hub)
-    return _build(sources, plan, request, output, progress)
+    return _build(sources, plan, _asking(request, sources, hub, progress), output, progress)
 
 
 def verify_merged(
@@ -117,6 +118,7 @@ def verify_merged(
 
     candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
     sources = resolve(source, hub=hub, quantized_base=quantized_base)
+    gate = with_domain(gate, sources, hub=hub, progress=progress)
     folder = candidate.folder(candidate.files)
     return sources, verify(folder, sources, settings=gate, progress=progress)
 
@@ -150,6 +152,7 @@ def run(
             place = Path(scratch) / "merged"
         else:
             place = output
+        request = _asking(request, sources, hub, progress)
         merged = _build(sources, plan, request, place, progress, publishing)
         publication = None
         report = merged.report
@@ -192,6 +195,13 @@ def publish_folder(folder: Path, publishing: PublishSettings, *, hub: Hub, progr
     if publication is not None:
         report = {**report, "publication": document.publication_entry(publication)}
     return RunOutcome(report=report, verdict=verdict, reasons=reasons, publication=publication, merged=None)
+
+
+def _asking(request: MergeRequest, sources: Resolved, hub: Hub, progress: Progress) -> MergeRequest:
+    """`request` with what its gate will ask: documents of the adapter's own domain, where there are any."""
+    if request.gate is None:
+        return request
+    return replace(request, gate=with_domain(request.gate, sources, hub=hub, progress=progress))
 
 
 def _unchanged(report: Mapping[str, Any], publication: Publication) -> RunOutcome:

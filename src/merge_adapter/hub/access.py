@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import constants
 
@@ -20,8 +21,10 @@ _TOKEN_SHAPED = re.compile(
 """Access tokens, JWTs (OIDC), and whatever follows `Bearer `."""
 
 
-def token_situation(token: str | None) -> str:
-    """Which credentials a call carries, for error messages: never the token itself."""
+def token_situation(token: str | Literal[False] | None) -> str:
+    """Which credentials a call carries, for error messages: never the token itself. False: none, on purpose."""
+    if token is False:
+        return "no token (public data is read as nobody)"
     if token is not None:
         return "the token that was passed"
     if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
@@ -40,12 +43,12 @@ def oidc_resource() -> str:
     return os.environ.get("HF_OIDC_RESOURCE", "")
 
 
-def has_token(token: str | None) -> bool:
+def has_token(token: str | Literal[False] | None) -> bool:
     """Whether a call carries credentials at all."""
     return not token_situation(token).startswith("no token")
 
 
-def redact(text: str, *, token: str | None = None) -> str:
+def redact(text: str, *, token: str | Literal[False] | None = None) -> str:
     """`text` without anything that is, or looks like, a credential."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
     for secret in (token, _stored_token(), *map(os.environ.get, names)):

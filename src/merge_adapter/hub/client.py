@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
+from typing import Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub import constants as client_constants
@@ -22,12 +24,16 @@ class Hub:
     """One Hub as one user.
 
     `endpoint` and `token` default to what huggingface_hub would use: `HF_ENDPOINT`; a Trusted Publisher exchange,
-    `HF_TOKEN` or the stored login. Errors leave as NotFoundError, PolicyError (a gate), StorageError (the cache) or
-    HubError, with a hint and without a token.
+    `HF_TOKEN` or the stored login. `token` False is nobody.Errors leave as NotFoundError,
+    PolicyError (a gate), StorageError (the cache) or HubError, with a hint and without a token.
     """
 
     def __init__(
-        self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
+        self,
+        endpoint: str | None = None,
+        token: str | Literal[False] | None = None,
+        *,
+        patience: Patience | None = None,
     ) -> None:
         prepare_client()
         self.endpoint = (endpoint or client_constants.ENDPOINT).rstrip("/")
@@ -45,6 +51,16 @@ class Hub:
         with self.calling(f"open {repo_id}", repo_id=repo_id, revision=revision or "main"):
             info = repeat(lambda: self.api.model_info(repo_id, revision=revision), self.patience)
         return HubRepository(self, info, subfolder=subfolder)
+
+    def anonymous(self) -> Hub:
+        """The same Hub as nobody, who sees what is public, and with little patience: for what a run can do without."""
+        return Hub(self.endpoint, token=False, patience=Patience(attempts=min(2, self.patience.attempts)))
+
+    def open_dataset(self, repo_id: str) -> HubRepository:
+        """A data set, pinned to the commit that main names now; of its files the first few thousand are listed."""
+        with self.calling(f"open the data set {repo_id}", repo_id=repo_id, revision="main"):
+            info = repeat(lambda: self.api.dataset_info(repo_id), self.patience)
+        return HubRepository(self, info, repo_type="dataset")
 
     def exists(self, repo_id: str) -> bool:
         """Whether `repo_id` is there and this identity may see it."""
@@ -80,13 +96,17 @@ class Hub:
             hint=f"Use a token that may write for {owner}, or publish elsewhere: --target-repo {who['name']}/NAME",
         )
 
-    def tree(self, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
-        """Every file of a commit or ref, by path."""
+    def tree(
+        self, repo_id: str, revision: str, *, repo_type: str = "model", most: int | None = None
+    ) -> Mapping[str, RepoFile]:
+        """Every file of a commit or ref, by path; with `most`, no more than so many entries are looked at."""
+
+        def listed() -> list[object]:
+            entries = self.api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+            return list(islice(entries, most))
+
         with self.calling(f"list the files of {repo_id}", repo_id=repo_id, revision=revision):
-            entries = repeat(
-                lambda: list(self.api.list_repo_tree(repo_id, recursive=True, revision=revision)),
-                self.patience,
-            )
+            entries = repeat(listed, self.patience)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     @cached_property

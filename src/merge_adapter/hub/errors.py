@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import httpx2
 from huggingface_hub.errors import (
@@ -73,7 +74,7 @@ class Call:
     doing: str
     """A verb phrase: "read config.json of owner/name"."""
     endpoint: str
-    token: str | None = field(default=None, repr=False)
+    token: str | Literal[False] | None = field(default=None, repr=False)
     repo_id: str | None = None
     revision: str | None = None
     path: str | None = None
@@ -294,7 +295,7 @@ def _text(error: BaseException, call: Call) -> str:
     return redact(text[:_SERVER_TEXT_LIMIT], token=call.token)
 
 
-def _scrub(error: BaseException, token: str | None) -> None:
+def _scrub(error: BaseException, token: str | Literal[False] | None) -> None:
     """Remove secrets from the causes too: a traceback prints them."""
     seen: BaseException | None = error
     while seen is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from merge_adapter.errors import HubError, NotFoundError
 from merge_adapter.hub.session import LOST_CONNECTION, RETRIED_STATUSES, retry_after
@@ -20,18 +20,25 @@ if TYPE_CHECKING:
     from merge_adapter.hub.client import Hub
 
 
+_MOST_DATA = 3000
+"""Entries of a data set's file list that are looked at: some hold a hundred thousand."""
+
+
 class HubRepository:
-    """Implements `types.Repository` for one commit; made by `Hub.open`.
+    """Implements `types.Repository` for one commit; made by `Hub.open` and `Hub.open_dataset`.
 
     Configs and headers are read over HTTP ranges; `local` and `folder` use the normal cache of huggingface_hub, so
     nothing is downloaded twice. Every path is relative to `origin.subfolder`.
     """
 
-    def __init__(self, hub: Hub, info: ModelInfo, *, subfolder: str = "") -> None:
+    def __init__(
+        self, hub: Hub, info: ModelInfo | DatasetInfo, *, subfolder: str = "", repo_type: str = "model"
+    ) -> None:
         if info.sha is None:
             raise HubError(f"the Hub names no commit for {info.id}", hint="The repository may be empty.")
         self._hub = hub
         self._info = info
+        self._type = repo_type
         self._prefix = f"{subfolder}/" if subfolder else ""
         self.origin = Origin(repo_id=info.id, revision=info.sha, subfolder=subfolder)
 
@@ -73,7 +80,8 @@ class HubRepository:
     @cached_property
     def entries(self) -> Mapping[str, RepoFile]:
         """Every file below the subfolder with what the Hub knows of it: size, git blob id, LFS sha256."""
-        tree = self._hub.tree(self.repo_id, self.revision)
+        most = _MOST_DATA if self._type == "dataset" else None
+        tree = self._hub.tree(self.repo_id, self.revision, repo_type=self._type, most=most)
         cut = len(self._prefix)
         return {path[cut:]: entry for path, entry in tree.items() if path.startswith(self._prefix)}
 
@@ -92,7 +100,9 @@ class HubRepository:
         end = size if length is None else min(size, offset + length)
         if offset < 0 or end <= offset:
             return b""
-        cached = try_to_load_from_cache(self.repo_id, self._prefix + path, revision=self.revision)
+        cached = try_to_load_from_cache(
+            self.repo_id, self._prefix + path, revision=self.revision, repo_type=self._type
+        )
         if isinstance(cached, str):
             with Path(cached).open("rb") as file:
                 file.seek(offset)
@@ -109,7 +119,9 @@ class HubRepository:
             f"download {path} of {self.repo_id}", repo_id=self.repo_id, revision=self.revision, path=path
         ):
             return Path(
-                self._hub.api.hf_hub_download(self.repo_id, self._prefix + path, revision=self.revision)
+                self._hub.api.hf_hub_download(
+                    self.repo_id, self._prefix + path, revision=self.revision, repo_type=self._type
+                )
             )
 
     def folder(self, paths: Iterable[str]) -> Path:
@@ -160,7 +172,11 @@ class HubRepository:
         """One request for what is still missing. A server that ignores the range is cut off, not read whole."""
         start = offset + len(received)
         url = hf_hub_url(
-            self.repo_id, self._prefix + path, revision=self.revision, endpoint=self._hub.endpoint
+            self.repo_id,
+            self._prefix + path,
+            revision=self.revision,
+            repo_type=self._type,
+            endpoint=self._hub.endpoint,
         )
         headers = {
             **self._hub.headers(),

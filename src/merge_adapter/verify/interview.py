@@ -15,6 +15,7 @@ import torch
 from merge_adapter.errors import MalformedError
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
 from merge_adapter.verify.beginnings import Beginnings, beginnings
 from merge_adapter.verify.expectations import Expectations
@@ -24,13 +25,8 @@ from merge_adapter.verify.loading import AdapterFile, Kind, inner, load_base
 from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
-from merge_adapter.verify.probes import VERSION, Probe, from_file, shipped
-from merge_adapter.verify.provenance import (
-    judge_likelihood,
-    judge_vocabularies,
-    likelihood,
-    untried_domain,
-)
+from merge_adapter.verify.probes import Probe
+from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies, likelihood
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
@@ -80,13 +76,13 @@ class Interview:
     def run(self) -> None:
         """Ask, and judge the answers."""
         with ExitStack() as stack:
-            own = from_file(self.settings.probes) if self.settings.probes is not None else ()
-            texts = (*own, *shipped())
+            chosen = texts_of(self.settings)
+            texts = chosen.asked
             source = tokenizer_folder(self.subject.sources, stack)
             tokenizer = load_tokenizer(source, trust=self._trust)
             probes = self._probes(texts, tokenizer) if self.settings.outputs else None
             tail = self._tail()
-            begun = self._begun(texts, tokenizer, probes) if probes is not None else None
+            begun = self._begun(chosen.shown, tokenizer, probes) if probes is not None else None
             arms = self._arms(probes, tail, begun) if probes is not None else None
             questions = self._questions(texts, source, probes, arms, tail)
             with self.progress.task("Running the merged model on its own", None):
@@ -102,8 +98,7 @@ class Interview:
     def _probes(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | None:
         subject, seed = self.subject, self.settings.seed
         probes = self._perceived(texts, tokenizer)
-        if self.settings.probes is None:
-            self.findings += untried_domain(subject.sources)
+        self.findings += domain_findings(self.settings, subject.sources)
         if isinstance(probes, Unfed):
             self._unfed(probes)
             if subject.kind is not Kind.VISION_TEXT:
@@ -120,14 +115,7 @@ class Interview:
                 probes = random_ids(budget=budget, vocabulary=rows, limit=limit, seed=seed)
             else:
                 probes = tokenized(texts, tokenizer, budget=budget, vocabulary=rows, limit=limit)
-        self.evidence["probes"] = {
-            "version": VERSION,
-            "source": probes.source,
-            "documents": len(probes.batch),
-            "tokens": probes.tokens,
-            "chat_templated": probes.templated,
-            "own": self.settings.probes.name if self.settings.probes is not None else None,
-        }
+        self.evidence["probes"] = probes_section(probes, self.settings)
         return probes
 
     def _perceived(self, texts: tuple[Probe, ...], tokenizer: Any) -> Probes | Unfed | None:

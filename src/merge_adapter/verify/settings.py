@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_adapter.types import DType
+from merge_adapter.verify.domain import Dataset
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class VerifySettings:
     probes: Path | None = None
     """The user's own probe documents, one per line, or JSON lines (.jsonl) with a `text` or `messages` key each; they
     come before the ones that ship with the package."""
+    dataset_probes: bool = True
+    """Whether the pipeline fetches documents of the data sets that the adapter's card names, where `probes` is None."""
+    domain: tuple[Dataset, ...] = ()
+    """What it found: their documents come before the ones that ship with the package."""
     greedy_tokens: int = 24
     """Length of the greedy continuations, 0 for none."""
     greedy_prompts: int = 4

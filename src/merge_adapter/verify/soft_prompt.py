@@ -26,6 +26,7 @@ from torch import Tensor
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.answers import Batch, answer, greedy
+from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, tokenized
 from merge_adapter.verify.configs import judge_configs
 from merge_adapter.verify.files import judge_files
@@ -47,7 +48,7 @@ from merge_adapter.verify.loading import (
 )
 from merge_adapter.verify.mutants import judge_mutants
 from merge_adapter.verify.outputs import Arms, judge_outputs
-from merge_adapter.verify.probes import VERSION, from_file, shipped
+from merge_adapter.verify.probes import shipped
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.soft_rows import judge_rows, measured_scale, prompt_faults
@@ -200,22 +201,16 @@ class SoftPromptGate:
             self.findings.append(undecided("outputs", "", "the outputs were not compared, as asked"))
             return
         tokenizer = load_tokenizer(tokenizer_folder(self.sources, stack), trust=self._trust)
-        own = from_file(self.settings.probes) if self.settings.probes is not None else ()
+        texts = texts_of(self.settings)
+        self.findings += domain_findings(self.settings, self.sources)
         probes = tokenized(
-            (*own, *shipped()),
+            texts.asked,
             tokenizer,
             budget=self.settings.tokens(str(self.device)),
             vocabulary=min(front[0], int(base.get_input_embeddings().weight.shape[0])),
             limit=max(1, positions(base.config) - len(front)),
         )
-        self.evidence["probes"] = {
-            "version": VERSION,
-            "source": probes.source,
-            "documents": len(probes.batch),
-            "tokens": probes.tokens,
-            "chat_templated": probes.templated,
-            "own": self.settings.probes.name if self.settings.probes is not None else None,
-        }
+        self.evidence["probes"] = probes_section(probes, self.settings)
         arms = self._arms(base, prompt, front, storage, probes)
         with self.progress.task("Running the merged model on its own", None):
             merged = ask_merged(self._questions(probes, arms, front, storage))
