@@ -11,10 +11,11 @@ from typing import Any
 from merge_adapter.errors import AccountingError, MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX
 from merge_adapter.methods.change import FLOATING, Context, Kind, ModuleKind, Planned, TensorSpec
+from merge_adapter.methods.convolutions import check_convolution
 from merge_adapter.methods.edits import Edit, check_shape, place, shape_of
 from merge_adapter.methods.heads import head_changes
 from merge_adapter.methods.lora_arithmetic import LowRank, LowRankStack, ScaledSum
-from merge_adapter.methods.lora_targets import named_parameters, parameter_of
+from merge_adapter.methods.lora_targets import OUT_PROJ_TIMES, attention_of, named_parameters, parameter_of
 from merge_adapter.methods.replacements import replacement_edits
 from merge_adapter.methods.resizing import vocabularies
 from merge_adapter.methods.tokens import split_tokens, token_edits
@@ -127,13 +128,17 @@ def _module_edits(
     if len(shape) == 3 and context.names.kind(module) is not ModuleKind.CONV:
         yield _stack_edit(context, factors, parameter, shape)
         return
+    check_convolution(context, module, a)
     rank = a.shape[0]
     if len(b.shape) < 2 or b.shape[1] != rank:
         raise ShapeError(
             f"{factors.module}: expected lora_B of rank {rank}, got shape {list(b.shape)}.",
             hint="Save the adapter again; its two factors do not belong together.",
         )
-    scale = scale_of(context.config, _pattern_path(parameter), rank) * context.adapter.weight
+    attention = attention_of(context, factors.module)
+    scale = scale_of(context.config, attention or _pattern_path(parameter), rank) * context.adapter.weight
+    if attention is not None and factors.module != attention:
+        scale *= OUT_PROJ_TIMES
     yield _weight_edit(context, factors, parameter, shape, scale)
     bias = factors.parts.get("lora_B.bias")
     if bias is not None:

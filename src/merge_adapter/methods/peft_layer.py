@@ -130,6 +130,11 @@ class _Planner:
         held = [name for name in wanted if layer.base._parameters.get(name) is not None]
         if self.context.config.get("lora_bias") and layer.base._parameters.get("bias") is not None:
             held.append("bias")
+        if not held and hasattr(layer.base, "in_proj_weight"):
+            raise MethodError(
+                f"{layer.path} is torch's MultiheadAttention, which is merged by streaming only.",
+                hint="Leave out --strategy memory.",
+            )
         if not held:
             raise MethodError(
                 f"{layer.path}: {self.method.title} changes {' and '.join(wanted)}, which the base's module lacks.",

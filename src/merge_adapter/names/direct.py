@@ -110,6 +110,8 @@ def direct_names(
     rows = set(_values(config, "vocab_size"))
     for name in sorted(wanted):
         shape = tensors[name].shape
+        if len(shape) > 2:
+            return NotDirect(f"{name} may be of a convolution, and only its module tells which")
         if len(shape) == 2 and shape[0] in rows:
             return NotDirect(f"{name} has one row per token and may be an embedding, or tied to one")
     return DirectNames(tensors)
