@@ -235,10 +235,10 @@ def _walk(browser: Any, bot: RunningBot, hub_url: str, token: str) -> None:
     assert "demo/pydoc-llama" in page.inner_text("#plan")
     page.get_by_role("button", name="Merge it").focus()
     page.keyboard.press("Enter")
-    page.wait_for_url("**/jobs/*", timeout=30_000)
+    page.wait_for_url("**/jobs/*", timeout=120_000)
     address = page.url
-    page.locator("progress").wait_for(timeout=60_000)
     pull = page.get_by_role("link", name="Open pull request 1")
+    page.locator("progress").or_(pull).first.wait_for(timeout=240_000)
     pull.wait_for(timeout=240_000)
     assert "Verdict: pass" in page.inner_text("main")
     assert page.locator("figure svg").count() >= 1

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ def bot(settings: BotSettings) -> Iterator[RunningBot]:
 
 def settled(bot: RunningBot, eventually: Callable[..., Any]) -> list[str]:
     """The notes of all events, once none waits."""
-    eventually(lambda: bot.inbox.waiting() == 0, seconds=30)
+    eventually(lambda: bot.inbox.waiting() == 0)
     return [row["note"] for row in bot.queue.store.read("SELECT note FROM events ORDER BY id")]
 
 
@@ -174,20 +175,32 @@ def test_beside_an_adapter_at_the_root_others_are_left_alone() -> None:
     assert adapter_folders(("my_adapter_config.json", "README.md")) == ()
 
 
-def test_a_branch_set_back_to_a_known_commit_starts_nothing(
-    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+def test_a_branch_set_back_to_a_known_commit_ends_at_that_commit(
+    bot: RunningBot, hub: Any, push_adapter: Any, push_event: Any, send: Any, eventually: Any
 ) -> None:
-    """The earlier commit was told of before; what was made of it stands."""
+    """The commit was told of before and its job cancelled by the newer one, which is the head no more."""
     repo_id, first = push_adapter("ada/set-back")
     send(bot.webhook_url, push_event(repo_id, first))
     settled(bot, eventually)
     _, second = push_adapter("ada/set-back", change="two")
+    back = push_event(repo_id, first, old=second)
     send(bot.webhook_url, push_event(repo_id, second, old=first))
     settled(bot, eventually)
     before = jobs(bot)
-    assert send(bot.webhook_url, push_event(repo_id, first, old=second))[0] == 200
+    assert before[0] == (repo_id, second, JobState.QUEUED)
+    assert (
+        send(bot.webhook_url, {**back, "updatedRefs": [{**back["updatedRefs"][0], "oldSha": first}]})[0]
+        == 202
+    )
     settled(bot, eventually)
-    assert jobs(bot) == before
+    assert jobs(bot) == before, "it was believed what is not so on the Hub"
+    (place,) = hub.data.rglob("set-back.git")
+    set_back = ["git", f"--git-dir={place}", "update-ref", "refs/heads/main", first]
+    subprocess.run(set_back, check=True)  # as git push --force does
+    assert send(bot.webhook_url, back)[0] == 202
+    settled(bot, eventually)
+    assert jobs(bot)[:2] == [(repo_id, first, JobState.QUEUED), (repo_id, second, JobState.CANCELLED)]
+    assert send(bot.webhook_url, back)[0] == 200
 
 
 def test_rewritten_history_counts_as_a_change(
@@ -248,10 +261,10 @@ def test_a_command_starts_a_job_and_is_answered(
     assert (job.request.revision, job.request.requested_by) == (sha, "ada")
     assert job.request.options.dtype.value == "float32" and job.request.source is Source.COMMENT
     number = event["discussion"]["num"]
-    answers = eventually(lambda: said(api, repo_id, number), seconds=20)
+    answers = eventually(lambda: said(api, repo_id, number))
     assert f"job {job.id}" in answers[0] and "queued" in answers[0]
     bot.queue.cancel(job.id, reason="enough <b>")
-    answers = eventually(lambda: said(api, repo_id, number)[1:], seconds=20)
+    answers = eventually(lambda: said(api, repo_id, number)[1:])
     assert "was cancelled" in answers[0] and "<b>" not in answers[0]
 
 
@@ -329,7 +342,7 @@ def test_the_hub_down_for_a_while_loses_nothing(
         with start(make_settings(hub.url, tmp_path / "bot")) as bot:
             hub.stop()
             assert send(bot.webhook_url, push_event("ada/patient", sha))[0] == 202
-            eventually(lambda: bot.queue.store.read("SELECT failures FROM events")[0][0] > 0, seconds=60)
+            eventually(lambda: bot.queue.store.read("SELECT failures FROM events")[0][0] > 0)
             assert jobs(bot) == []
             hub.start()
             settled(bot, eventually)

@@ -131,7 +131,7 @@ def test_a_merge_on_hugging_face_jobs(
         assert waiting is not None and waiting.state is JobState.QUEUED and waiting.remote
         second = Worker(queue, runner_for(settings), settings, open_vault(settings))
         second.start()
-        eventually(lambda: not find_job(store, job_id).open, seconds=200)
+        eventually(lambda: not find_job(store, job_id).open)
         second.stop()
         job = find_job(store, job_id)
     assert job is not None and (job.state, job.verdict, job.message) == (JobState.DONE, "pass", "")
@@ -182,7 +182,7 @@ def test_a_lost_lease_stops_the_job_and_stores_nothing(
     class Patient:
         def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
             begun.set()
-            watch.stop.wait(30)
+            watch.stop.wait(240)
             ended.set()
             return Outcome(JobState.DONE, 0)
 
@@ -191,11 +191,11 @@ def test_a_lost_lease_stops_the_job_and_stores_nothing(
         job_id = queue.submit(JobRequest("ada/x", "a" * 40, Source.PAGE)).job_id
         worker = Worker(queue, Patient(), settings, open_vault(settings))
         worker.start()
-        begun.wait(10)
+        assert begun.wait(240)
         store.write(
             lambda db: db.execute("UPDATE jobs SET owner = 'other', attempt = 2, lease_until = 9e9") and None
         )
-        assert ended.wait(10)
+        assert ended.wait(240)
         time.sleep(0.3)
         job = find_job(store, job_id)
         assert job is not None and (job.state, job.owner) == (JobState.RUNNING, "other")
@@ -236,7 +236,7 @@ def test_a_fault_of_the_network_is_tried_again_and_a_refusal_is_not(
         ids = {name: queue.submit(JobRequest(name, "a" * 40, Source.PAGE)).job_id for name in answers}
         worker = Worker(queue, Scripted(), settings, open_vault(settings))
         worker.start()
-        eventually(lambda: not any(find_job(store, one).open for one in ids.values()), seconds=60)
+        eventually(lambda: not any(find_job(store, one).open for one in ids.values()))
         worker.stop()
         ended = {name: find_job(store, one) for name, one in ids.items()}
     assert {name: (job.state, job.attempt, job.failures) for name, job in ended.items()} == {

@@ -33,8 +33,8 @@ class PushEvent:
 
     @property
     def key(self) -> str:
-        """Equal for deliveries of the same event."""
-        return f"push {self.repo_id.lower()} {self.ref} {self.new_sha}"
+        """Equal for deliveries of the same event. A branch that is set back to a commit is told of as another."""
+        return f"push {self.repo_id.lower()} {self.ref} {self.old_sha or '-'} {self.new_sha}"
 
 
 @dataclass(frozen=True)

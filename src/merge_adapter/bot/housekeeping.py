@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 from merge_adapter.bot.answers import ended_text, marker_of
 from merge_adapter.bot.intake import is_final
+from merge_adapter.bot.jobs import Job
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.queue import Queue
 from merge_adapter.bot.settings import BotSettings
@@ -17,6 +19,8 @@ from merge_adapter.hub import Hub
 from merge_adapter.hub.conversations import say_once
 
 _INTERVAL = 2.0
+_LONGEST_WAIT = 300.0
+"""Seconds between two tries at one answer while the Hub fails."""
 _DAY = 86_400.0
 
 
@@ -26,6 +30,8 @@ class Housekeeping:
     def __init__(self, queue: Queue, hub: Hub, settings: BotSettings) -> None:
         self._queue, self._hub, self._settings = queue, hub, settings
         self._stopped = threading.Event()
+        self._later: dict[str, tuple[float, float]] = {}
+        """Job -> when to try its answer again, and the wait before that. Forgotten at a restart, which does no harm."""
         self._thread = threading.Thread(target=self._loop, name="housekeeping", daemon=True)
 
     def start(self) -> None:
@@ -41,23 +47,38 @@ class Housekeeping:
             try:
                 self.answer()
                 self.remove_old()
-            except MergeAdapterError as error:
-                log("housekeeping-failed", error=error.message)
+            except Exception as error:  # noqa: BLE001  # a thread that ended would leave every asker without an answer
+                log("housekeeping-failed", error=getattr(error, "message", repr(error)))
 
     def answer(self) -> None:
-        """Tell each asker in a discussion how the job ended, once."""
+        """Tell each asker in a discussion how the job ended, once. Where the Hub fails, the others need not wait."""
+        now = time.monotonic()
         for job in self._queue.unanswered():
-            assert job.request.reply is not None
-            marker = marker_of(job.id)
-            text = f"{ended_text(job, self._settings.public_url)}\n\n{marker}"
-            reply = job.request.reply
+            if self._stopped.is_set():
+                return
+            if self._later.get(job.id, (0.0, 0.0))[0] > now:
+                continue
             try:
-                say_once(self._hub, reply.repo_id, reply.number, text, marker=marker)
-            except MergeAdapterError as error:
-                if isinstance(error, RemoteError) and not is_final(error):
-                    raise  # the Hub is away: the next look comes back to it
-                log("answer-lost", job=job.id, error=error.message)  # the discussion is gone or closed to us
+                self._tell(job)
+            except RemoteError as error:
+                wait = min(_LONGEST_WAIT, 2 * self._later.get(job.id, (0.0, _INTERVAL))[1])
+                self._later[job.id] = (time.monotonic() + wait, wait)
+                log("answer-postponed", job=job.id, error=error.message)
+                continue
+            self._later.pop(job.id, None)
             self._queue.answered(job.id)
+
+    def _tell(self, job: Job) -> None:
+        """Raises RemoteError when the Hub is away."""
+        assert job.request.reply is not None
+        marker, reply = marker_of(job.id), job.request.reply
+        text = f"{ended_text(job, self._settings.public_url)}\n\n{marker}"
+        try:
+            say_once(self._hub, reply.repo_id, reply.number, text, marker=marker)
+        except MergeAdapterError as error:
+            if isinstance(error, RemoteError) and not is_final(error):
+                raise
+            log("answer-lost", job=job.id, error=error.message)  # the discussion is gone or closed to us
 
     def remove_old(self) -> None:
         """Forget what ended more than `retention_days` ago, folders included. Dedupe keys of pushes go with it."""

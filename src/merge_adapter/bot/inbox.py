@@ -73,14 +73,17 @@ class Inbox:
         return [Pending(row["id"], event_from_json(row["body"]), row["failures"]) for row in rows]
 
     def settle(
-        self, pending: Pending, note: str, requests: Sequence[JobRequest] = ()
+        self, pending: Pending, note: str, requests: Sequence[JobRequest] = (), *, limit: int | None = None
     ) -> tuple[Submission, ...]:
-        """The look-up is over: store its result and the jobs it asks for, all or nothing. What became of each."""
-        now = self.store.clock()
+        """The look-up is over: store its result and the jobs it asks for, all or nothing. What became of each.
+
+        `limit`: open jobs that who asks may have.
+        """
 
         def work(db: sqlite3.Connection) -> tuple[Submission, ...]:
+            now = self.store.clock()
             db.execute("UPDATE events SET state = 'done', note = ? WHERE id = ?", (note, pending.id))
-            return tuple(submit_within(db, request, now) for request in requests)
+            return tuple(submit_within(db, request, now, limit=limit) for request in requests)
 
         return self.store.write(work)
 

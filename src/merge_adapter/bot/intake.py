@@ -103,6 +103,9 @@ class Intake:
         except MergeAdapterError as error:
             self.inbox.settle(pending, error.message)
             log("event-failed", **facts, error=error.message)
+        except Exception as error:  # noqa: BLE001  # one event's bug must not stop all others; it is not lost either
+            self.inbox.postpone(pending, f"a bug in merge-adapter: {error!r}"[:500])
+            log("event-bug", **facts, error=repr(error))
 
     # ------------------------------------------------------------------------------------------ pushes
 
@@ -208,20 +211,31 @@ class Intake:
         )
 
     def _accept(self, pending: Pending, event: CommentEvent, request: JobRequest) -> None:
-        (submission,) = self.inbox.settle(pending, f"{request.kind.value} asked for", (request,))
+        (submission,) = self.inbox.settle(
+            pending, f"{request.kind.value} asked for", (request,), limit=self.settings.jobs_per_user
+        )
         log("event", key=event.key, repo=event.repo_id, note=_told(request.kind.value, submission))
         if isinstance(submission, OverLimit):
-            return
-        known = isinstance(submission, Duplicate)
-        try:
+            text = refused_text(too_many(submission), request.requested_by)
+        else:
+            known = isinstance(submission, Duplicate)
             text = accepted_text(submission.job_id, request, self.settings.public_url, known=known)
+        try:
             self._say(event, text, f"{event.comment_id}-accepted")
-        except MergeAdapterError as error:  # the job is stored; only the acknowledgement is lost
-            log("answer-lost", job=submission.job_id, error=error.message)
+        except MergeAdapterError as error:  # what was decided is stored; only the acknowledgement is lost
+            log("answer-lost", key=event.key, error=error.message)
 
     def _say(self, event: CommentEvent, text: str, key: str) -> None:
         marker = marker_of(key)
         say_once(self.hub, event.repo_id, event.number, f"{text}\n\n{marker}", marker=marker)
+
+
+def too_many(found: OverLimit) -> PolicyError:
+    """What an asker is told who has as many open jobs as one may have."""
+    return PolicyError(
+        f"you have {found.limit} open jobs, which is as many as one may have",
+        hint="Wait for one to end, or cancel one.",
+    )
 
 
 def is_final(error: RemoteError) -> bool:

@@ -170,6 +170,8 @@ class Outcome:
     verdict: str | None = None
     publication: Mapping[str, Any] | None = None
     """Section `publication` of the report."""
+    error_type: str = ""
+    """Name of the error's class, where one was told; not stored."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Job:
     stage: Stage | None
     remote: str | None
     """Where it runs when not here: what its runner needs to find it again."""
+    round: int
+    """How often it was started afresh. A worker that dies does not end what runs elsewhere: the round stays."""
     exit_code: int | None
     message: str
     hint: str

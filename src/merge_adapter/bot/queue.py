@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from merge_adapter.bot.jobs import PRIORITY, Job, JobRequest, Outcome, Source, Stage
+from merge_adapter.bot.jobs import PRIORITY, Job, JobRequest, JobState, Outcome, Source, Stage
 from merge_adapter.bot.rows import job_from_row
 from merge_adapter.bot.store import Store
 from merge_adapter.errors import ExitCode
@@ -103,10 +103,9 @@ class Queue:
     def cancel(self, job_id: str, *, reason: str) -> bool:
         """Cancel an open job: at once while it waits, at its worker's next heartbeat while it runs.
 
-        False when it had ended already.
+        One that runs elsewhere with no worker at it is given to one, which stops it there. False when it had ended.
         """
-        now = self.store.clock()
-        return self.store.write(lambda db: bool(_cancel(db, "id = ?", (job_id,), reason, now)))
+        return self.store.write(lambda db: bool(_cancel(db, "id = ?", (job_id,), reason, self.store.clock())))
 
     # -------------------------------------------------------------------------------------- doing work
 
@@ -114,11 +113,11 @@ class Queue:
         """The next job that may run, leased to `owner` for `lease_seconds`; None when there is none.
 
         A job whose lease ran out counts as waiting; its worker's death counts as a failure. Never two jobs of one
-        target at once.
+        target at once, and one that runs elsewhere counts there as long as nobody saw it end.
         """
-        now = self.store.clock()
 
         def work(db: sqlite3.Connection) -> sqlite3.Row | None:
+            now = self.store.clock()
             self._give_up_on_the_dead(db, now)
             row: sqlite3.Row | None = db.execute(
                 """
@@ -129,8 +128,9 @@ class Queue:
                     SELECT id FROM jobs AS next
                     WHERE ((state = 'queued' AND not_before <= :now) OR (state = 'running' AND lease_until < :now))
                       AND NOT EXISTS (
-                        SELECT 1 FROM jobs AS other WHERE other.target = next.target AND other.state = 'running'
-                          AND other.lease_until >= :now AND other.id <> next.id)
+                        SELECT 1 FROM jobs AS other WHERE other.target = next.target AND other.id <> next.id
+                          AND other.state IN ('queued', 'running')
+                          AND (other.remote IS NOT NULL OR (other.state = 'running' AND other.lease_until >= :now)))
                     ORDER BY priority, created LIMIT 1)
                 RETURNING *
                 """,
@@ -146,7 +146,6 @@ class Queue:
 
     def hold(self, lease: Lease, stage: Stage | None = None, *, remote: str | None = None) -> Hold:
         """Renew the lease, and tell where the job stands."""
-        now = self.store.clock()
         shown = stage or Stage("", 0, None, "")
 
         def work(db: sqlite3.Connection) -> Hold:
@@ -157,7 +156,7 @@ class Queue:
                 WHERE {_FENCE} RETURNING cancel
                 """,
                 (
-                    now + self.lease_seconds,
+                    self.store.clock() + self.lease_seconds,
                     remote,
                     shown.label,
                     shown.done,
@@ -174,12 +173,14 @@ class Queue:
 
     def finish(self, lease: Lease, outcome: Outcome) -> Hold:
         """Store how the job ended, and forget the token it ran with. LOST: nothing was stored."""
-        now = self.store.clock()
-        return self.store.write(lambda db: _finish(db, lease, outcome, now))
+        return self.store.write(lambda db: _finish(db, lease, outcome, self.store.clock()))
 
-    def retry(self, lease: Lease, outcome: Outcome) -> Hold:
-        """The attempt failed in a way that may pass: wait and try again, or end with `outcome` after too many."""
-        now = self.store.clock()
+    def retry(self, lease: Lease, outcome: Outcome, *, goes_on: bool = False) -> Hold:
+        """The attempt failed in a way that may pass: wait and try again, or end with `outcome` after too many.
+
+        `goes_on`: what runs elsewhere may still run there, only it could not be asked; the next attempt follows it.
+        Otherwise the next one starts afresh, as another round. A job that was cancelled meanwhile ends.
+        """
         failures = lease.job.failures + 1
         if failures >= self.retry_rule.attempts:
             return self.finish(
@@ -187,15 +188,20 @@ class Queue:
             )
 
         def work(db: sqlite3.Connection) -> Hold:
+            now = self.store.clock()
+            if (ended := _end_cancelled(db, lease, now, remote_ended=not goes_on)) is not None:
+                return ended
             row = db.execute(
                 f"""
                 UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, failures = ?, not_before = ?,
-                    remote = NULL, exit_code = ?, message = ?, hint = ?
+                    remote = CASE WHEN ? THEN remote END, round = round + ?, exit_code = ?, message = ?, hint = ?
                 WHERE {_FENCE} RETURNING id
                 """,
                 (
                     failures,
                     now + self.retry_rule.wait(failures),
+                    goes_on,
+                    not goes_on,
                     outcome.exit_code,
                     outcome.message,
                     outcome.hint,
@@ -207,10 +213,15 @@ class Queue:
         return self.store.write(work)
 
     def release(self, lease: Lease) -> Hold:
-        """Hand the job back unharmed, for a worker that has to stop: the next one may take it at once."""
-        now = self.store.clock()
+        """Hand the job back unharmed, for a worker that has to stop: the next one may take it at once.
+
+        A job that was cancelled meanwhile ends, unless it runs elsewhere and has to be stopped there.
+        """
 
         def work(db: sqlite3.Connection) -> Hold:
+            now = self.store.clock()
+            if (ended := _end_cancelled(db, lease, now, remote_ended=False)) is not None:
+                return ended
             row = db.execute(
                 f"UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, not_before = ? "
                 f"WHERE {_FENCE} RETURNING id",
@@ -222,12 +233,12 @@ class Queue:
 
     def _give_up_on_the_dead(self, db: sqlite3.Connection, now: float) -> None:
         """Jobs whose workers keep dying are ended: most likely it is the job that kills them. So are cancelled
-        ones whose worker is gone."""
+        ones whose worker is gone, unless they run elsewhere: the next worker stops them there."""
         db.execute(
             """
             UPDATE jobs SET state = 'cancelled', finished = ?, owner = NULL, lease_until = NULL, message = cancel,
                 token = NULL
-            WHERE state = 'running' AND lease_until < ? AND cancel IS NOT NULL
+            WHERE state = 'running' AND lease_until < ? AND cancel IS NOT NULL AND remote IS NULL
             """,
             (now, now),
         )
@@ -270,19 +281,26 @@ def submit_within(
 ) -> Submission:
     """Store a job in the caller's transaction.
 
-    Duplicate: a job for the same is open; or, for a push, was ever carried out, so that a replayed webhook starts
-    nothing, while a person may ask again; or the Hub was asked later than this request's observation and named
-    another commit. Open jobs for older commits of the same adapter and ref are cancelled.
+    Duplicate: a job for the same is open and wanted; or, for a push, was ever carried out and no other commit since,
+    so that a replayed webhook starts nothing, while a person may ask again; or the Hub was asked later than this
+    request's observation and named another commit. Open jobs for older commits of the same adapter and ref are
+    cancelled. An observation in the future tells that the clock was set back, and says nothing about order.
     """
     same = db.execute(
-        "SELECT id FROM jobs WHERE dedupe = ? AND (state IN ('queued', 'running') OR (? AND state <> 'failed'))",
-        (request.dedupe, request.source is Source.WEBHOOK),
+        f"""
+        SELECT id FROM jobs AS same WHERE dedupe = ? AND (
+            (state IN ('queued', 'running') AND cancel IS NULL)
+            OR (? AND state NOT IN ('failed', 'queued', 'running') AND NOT EXISTS (
+                SELECT 1 FROM jobs AS later
+                WHERE {_SAME_ADAPTER} AND later.revision <> same.revision AND later.rowid > same.rowid)))
+        """,
+        (request.dedupe, request.source is Source.WEBHOOK, *_same_adapter(request)),
     ).fetchone()
     newer = (
         same
         or db.execute(
-            f"SELECT id FROM jobs WHERE {_SAME_ADAPTER} AND revision <> ? AND observed > ?",
-            (*_same_adapter(request), request.revision, request.observed),
+            f"SELECT id FROM jobs WHERE {_SAME_ADAPTER} AND revision <> ? AND observed > ? AND observed <= ?",
+            (*_same_adapter(request), request.revision, request.observed, now),
         ).fetchone()
     )
     if newer is not None:
@@ -311,7 +329,7 @@ def submit_within(
             request.revision,
             request.ref,
             request.subfolder,
-            request.target,
+            request.target.lower(),
             request.options.to_json(),
             request.source.value,
             request.requested_by,
@@ -333,7 +351,7 @@ _SAME_ADAPTER = "kind = ? AND adapter = ? AND subfolder = ? AND ref = ? AND targ
 
 
 def _same_adapter(request: JobRequest) -> tuple[str, ...]:
-    return request.kind.value, request.adapter, request.subfolder, request.ref, request.target
+    return request.kind.value, request.adapter, request.subfolder, request.ref, request.target.lower()
 
 
 def _open_jobs(db: sqlite3.Connection, user: str) -> int:
@@ -349,14 +367,25 @@ def _cancel(
     """Cancel the open jobs that `where` (a constant) selects; their ids."""
     ended = db.execute(
         f"UPDATE jobs SET state = 'cancelled', cancel = ?, message = ?, finished = ?, token = NULL "
-        f"WHERE state = 'queued' AND {where} RETURNING id",
+        f"WHERE state = 'queued' AND remote IS NULL AND {where} RETURNING id",
         (reason, reason, now, *parameters),
     ).fetchall()
     asked = db.execute(
-        f"UPDATE jobs SET cancel = ? WHERE state = 'running' AND {where} RETURNING id",
-        (reason, *parameters),
+        f"UPDATE jobs SET cancel = coalesce(cancel, ?), not_before = min(not_before, ?) "
+        f"WHERE state IN ('queued', 'running') AND {where} RETURNING id",
+        (reason, now, *parameters),
     ).fetchall()
     return tuple(row["id"] for row in (*ended, *asked))
+
+
+def _end_cancelled(db: sqlite3.Connection, lease: Lease, now: float, *, remote_ended: bool) -> Hold | None:
+    """End a job that was cancelled while its worker did not know yet; None for one that goes on."""
+    row = db.execute(f"SELECT cancel, remote FROM jobs WHERE {_FENCE}", _fence(lease)).fetchone()
+    if row is None:
+        return Hold.LOST
+    if row["cancel"] is None or not (remote_ended or row["remote"] is None):
+        return None
+    return _finish(db, lease, Outcome(JobState.CANCELLED, message=row["cancel"]), now)
 
 
 def _finish(db: sqlite3.Connection, lease: Lease, outcome: Outcome, now: float) -> Hold:

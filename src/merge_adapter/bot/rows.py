@@ -119,6 +119,7 @@ def job_from_row(row: sqlite3.Row) -> Job:
         cancel=row["cancel"],
         stage=stage,
         remote=row["remote"],
+        round=row["round"],
         exit_code=row["exit_code"],
         message=row["message"] or "",
         hint=row["hint"] or "",

@@ -193,7 +193,7 @@ class WorkerProcess:
             return
         assert process.stdin is not None
         with contextlib.suppress(OSError):
-            process.stdin.close()
+            process.stdin.close()  # again, where it had died
         try:
             process.wait(_WORKER_GRACE)
         except subprocess.TimeoutExpired:
@@ -220,8 +220,14 @@ class WorkerProcess:
                 continue
             assert self._process is not None
             log("worker-died", code=self._process.returncode)
+            if self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
             wait = 0.5 if time.monotonic() - begun > 60 else min(30.0, wait * 2)
             if self._stopped.wait(wait):
                 return
             begun = time.monotonic()
-            self._process = self._spawn()
+            try:
+                self._process = self._spawn()
+            except OSError as error:  # no memory for a process, or it died before it read its settings
+                log("worker-not-started", error=str(error))

@@ -26,7 +26,7 @@ _BUSY_TIMEOUT = 30.0
 _GROUP = 256
 """Writes per commit at most, so that no caller waits for an endless transaction."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE jobs (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, adapter TEXT NOT NULL, revision TEXT NOT NULL, ref TEXT NOT NULL,
@@ -36,10 +36,11 @@ CREATE TABLE jobs (
     state TEXT NOT NULL, created REAL NOT NULL, not_before REAL NOT NULL, started REAL, finished REAL,
     owner TEXT, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0, lease_until REAL,
     cancel TEXT, stage TEXT, stage_done INTEGER, stage_total INTEGER, stage_unit TEXT, remote TEXT,
-    exit_code INTEGER, message TEXT, hint TEXT, verdict TEXT, publication TEXT, replied INTEGER NOT NULL DEFAULT 0
+    round INTEGER NOT NULL DEFAULT 0, exit_code INTEGER, message TEXT, hint TEXT, verdict TEXT, publication TEXT,
+    replied INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX jobs_by_state ON jobs (state, priority, created);
-CREATE INDEX jobs_running ON jobs (target) WHERE state = 'running';
+CREATE INDEX jobs_open ON jobs (target) WHERE state IN ('queued', 'running');
 CREATE INDEX jobs_by_adapter ON jobs (adapter, subfolder, ref);
 CREATE INDEX jobs_by_dedupe ON jobs (dedupe);
 CREATE INDEX jobs_by_age ON jobs (created);
@@ -54,6 +55,15 @@ CREATE TABLE sessions (
     id TEXT PRIMARY KEY, user TEXT NOT NULL, organisations TEXT NOT NULL, token BLOB NOT NULL, expires REAL NOT NULL
 ) STRICT;
 """
+_MIGRATIONS = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN round INTEGER NOT NULL DEFAULT 0",
+        "DROP INDEX jobs_running",
+        "CREATE INDEX jobs_open ON jobs (target) WHERE state IN ('queued', 'running')",
+        "UPDATE jobs SET target = lower(target)",
+    )
+}
+"""What makes the next version of each earlier one."""
 
 
 class Store:
@@ -70,6 +80,8 @@ class Store:
         self._readers_lock = threading.Lock()
         self._pending: queue.SimpleQueue[_Write[Any] | None] = queue.SimpleQueue()
         self._closed = False
+        self._closing = threading.Lock()
+        """Nothing is put behind the end that `close` puts: it would never be written, and its caller wait for ever."""
         opened: Future[None] = Future()
         self._writer = threading.Thread(
             target=self._write_loop, args=(opened,), name="store-writer", daemon=True
@@ -85,10 +97,10 @@ class Store:
 
     def close(self) -> None:
         """Commit what is pending and close every connection. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._pending.put(None)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._pending.put(None)
         self._writer.join()
         with self._readers_lock:
             for connection in self._readers:
@@ -98,12 +110,14 @@ class Store:
     def submit(self, work: Callable[[sqlite3.Connection], T]) -> Future[T]:
         """Run `work` in the next transaction; the future holds its result once that is on the disk.
 
-        An exception in `work` undoes its own statements alone. StorageError when nothing can be stored.
+        An exception in `work` undoes its own statements alone. StorageError when nothing can be stored. A future that
+        was cancelled before its turn (a request that was given up) stores nothing.
         """
-        if self._closed:
-            raise StorageError(f"{self.path} was closed")
         write = _Write(work)
-        self._pending.put(write)
+        with self._closing:
+            if self._closed:
+                raise StorageError(f"{self.path} was closed")
+            self._pending.put(write)
         return write.done
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -145,7 +159,8 @@ class Store:
         opened.set_result(None)
         running = True
         while running:
-            group, running = self._gather()
+            waiting, running = self._gather()
+            group = [write for write in waiting if write.done.set_running_or_notify_cancel()]
             if group:
                 _commit_group(connection, group, self.path)
         connection.close()
@@ -182,12 +197,13 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0:
-        for statement in _SCHEMA.split(";\n"):
-            connection.execute(statement)
+    statements = _SCHEMA.split(";\n") if version == 0 else _MIGRATIONS.get(version, ())
+    for statement in statements:
+        connection.execute(statement)
+    if statements:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
-    if version not in (0, SCHEMA_VERSION):
+    if not statements and version != SCHEMA_VERSION:
         connection.close()
         raise StorageError(
             f"{path} was written by another version of merge-adapter (schema {version}, expected {SCHEMA_VERSION})",

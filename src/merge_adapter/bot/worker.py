@@ -26,13 +26,28 @@ from merge_adapter.bot.runners.base import Interrupted, Runner, Watch
 from merge_adapter.bot.settings import BotSettings, RunnerKind, load_settings
 from merge_adapter.bot.store import Store
 from merge_adapter.bot.vault import Vault, open_vault
-from merge_adapter.errors import ExitCode, MergeAdapterError, RemoteError
+from merge_adapter.errors import ExitCode, MergeAdapterError, RemoteError, StorageError
 from merge_adapter.hub.errors import RefusedError
 
 _POLL = 0.5
 """Seconds between two looks into an empty queue."""
 _SHOW = 1.0
 """Seconds between two updates of what a running job does."""
+_HOLD = 5.0
+"""Seconds between two renewals of a lease at most: a job that was cancelled learns it then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """How one attempt at a job ended."""
+
+    outcome: Outcome | Interrupted
+    hold: Hold
+    """What became of the lease."""
+    again: bool = False
+    """Whether it failed in a way that may pass: the network, a full disk, a killed process."""
+    goes_on: bool = False
+    """Whether what runs elsewhere may still run: the runner could not tell."""
 
 
 def runner_for(settings: BotSettings) -> Runner:
@@ -86,14 +101,14 @@ class Worker:
         while not self._stopped.is_set():
             try:
                 lease = self._queue.claim(f"{self._name}:{slot}")
-            except MergeAdapterError as error:
-                log("claim-failed", error=error.message)
+                if lease is not None:
+                    self._carry_out(lease, slot)
+            except Exception as error:  # noqa: BLE001  # a slot that ended would leave its jobs waiting, unseen
+                log("slot-failed", slot=slot, error=getattr(error, "message", repr(error)))
                 self._stopped.wait(_POLL * 10)
                 continue
             if lease is None:
                 self._stopped.wait(_POLL)
-                continue
-            self._carry_out(lease, slot)
 
     def _carry_out(self, lease: Lease, slot: int) -> None:
         request = lease.job.request
@@ -107,60 +122,101 @@ class Worker:
         )
         begun = time.monotonic()
         try:
-            outcome, hold = self._run(lease, slot)
-            told = self._store(lease, outcome, hold)
+            told = self._store(lease, self._run(lease, slot))
         except MergeAdapterError as error:  # the store failed: the lease runs out, and the job comes back
             log("job-lost", **facts, error=error.message)
             return
         log("job-ended", **facts, outcome=told, seconds=round(time.monotonic() - begun, 2))
 
-    def _run(self, lease: Lease, slot: int) -> tuple[Outcome | Interrupted, Hold]:
-        """Run the job under a lease that is renewed; how it ended, and what became of the lease."""
+    def _run(self, lease: Lease, slot: int) -> Attempt:
+        """Run the job under a lease that is renewed."""
         try:
             token = self._token(lease)
+            watch = Watch(self._settings.job_folder(lease.job.id), token)
         except MergeAdapterError as error:
-            return Outcome(JobState.REFUSED, int(error.exit_code), error.message, error.hint), Hold.HELD
-        watch = Watch(self._settings.job_folder(lease.job.id), token)
+            return Attempt(_refusal(error), Hold.HELD)
+        except OSError as error:
+            return Attempt(_no_room(error), Hold.HELD, again=True, goes_on=True)
+        if lease.job.cancel is not None:  # it was cancelled while it ran elsewhere: its runner stops it there
+            watch.cancelled.set()
+            watch.stop.set()
         heartbeat = _Heartbeat(self._queue, lease, watch, self._stopped)
         try:
+            attempt = self._attempt(lease, token, watch, slot)
+        finally:
+            heartbeat.stop()
+            watch.close()
+        return dataclasses.replace(attempt, hold=heartbeat.hold)
+
+    def _attempt(self, lease: Lease, token: str, watch: Watch, slot: int) -> Attempt:
+        """What the runner says, or raises. A refusal is final; the network's faults are not."""
+        goes_on = True
+        again = False
+        try:
             outcome = self._runner.run(lease.job, token, watch, slot=slot)
+            goes_on = isinstance(outcome, Interrupted)
+            again = isinstance(outcome, Outcome) and _may_pass(outcome)
+        except RemoteError as error:
+            outcome = _refusal(error)
+            again = not isinstance(error, RefusedError)
         except MergeAdapterError as error:
-            outcome = Outcome(JobState.FAILED, int(error.exit_code), error.message, error.hint)
-            if not isinstance(error, RemoteError) or isinstance(error, RefusedError):
-                outcome = dataclasses.replace(outcome, state=JobState.REFUSED)
+            outcome = _refusal(error)
+            again = isinstance(error, StorageError)
+        except OSError as error:
+            outcome, again = _no_room(error), True
         except Exception as error:  # noqa: BLE001  # one job's bug must not end the worker
             outcome = Outcome(JobState.FAILED, int(ExitCode.BUG), f"{type(error).__name__} in the runner")
             log("runner-bug", job=lease.job.id, error=repr(error))
-        finally:
-            heartbeat.stop()
-            if isinstance(outcome, Outcome) and outcome.message:
-                watch.line(f"{outcome.state.value}: {outcome.message} {outcome.hint}".rstrip())
-            watch.close()
-        return outcome, heartbeat.hold
+        if again and isinstance(outcome, Outcome):
+            outcome = dataclasses.replace(outcome, state=JobState.FAILED)
+        if isinstance(outcome, Outcome) and outcome.message:
+            watch.line(f"{outcome.state.value}: {outcome.message} {outcome.hint}".rstrip())
+        return Attempt(outcome, Hold.HELD, again=again, goes_on=goes_on)
 
     def _token(self, lease: Lease) -> str:
         sealed = lease.job.request.token
         return self._settings.token if sealed is None else self._vault.open(sealed)
 
-    def _store(self, lease: Lease, outcome: Outcome | Interrupted, hold: Hold) -> str:
+    def _store(self, lease: Lease, attempt: Attempt) -> str:
         """Store how an attempt ended; the word for it in the log."""
-        if hold is Hold.LOST:
+        outcome = attempt.outcome
+        if attempt.hold is Hold.LOST:
             return "lease lost"
         if isinstance(outcome, Interrupted):
-            if hold is Hold.CANCELLED:
+            if attempt.hold is Hold.CANCELLED:
                 job = find_job(self._queue.store, lease.job.id)
                 reason = (job.cancel if job else None) or "cancelled"
                 self._queue.finish(lease, Outcome(JobState.CANCELLED, message=reason))
                 return "cancelled"
             self._queue.release(lease)
             return "handed back"
-        killed = outcome.exit_code is not None and outcome.exit_code < 0
-        lost = outcome.exit_code == ExitCode.REMOTE and outcome.state is JobState.FAILED
-        if lost or killed:
-            self._queue.retry(lease, outcome)
+        if attempt.again:
+            self._queue.retry(lease, outcome, goes_on=attempt.goes_on)
             return "to be tried again"
         self._queue.finish(lease, outcome)
         return outcome.state.value
+
+
+def _refusal(error: MergeAdapterError) -> Outcome:
+    return Outcome(JobState.REFUSED, int(error.exit_code), error.message, error.hint)
+
+
+def _no_room(error: OSError) -> Outcome:
+    """This machine failed, not the job: most often its disk is full."""
+    return Outcome(
+        JobState.FAILED,
+        int(ExitCode.INPUT),
+        f"the bot's machine failed: {error.strerror or error} ({error.filename or 'no file'})",
+        "Check the room on its disk; the job is tried again.",
+    )
+
+
+def _may_pass(outcome: Outcome) -> bool:
+    """Whether the same job may end otherwise the next time. A verdict and a refusal never do."""
+    killed = outcome.exit_code is not None and outcome.exit_code < 0
+    remote = outcome.exit_code == ExitCode.REMOTE
+    full = outcome.error_type == StorageError.__name__
+    return outcome.state is JobState.FAILED and (killed or remote or full)
 
 
 class _Heartbeat:
@@ -169,7 +225,7 @@ class _Heartbeat:
     def __init__(self, queue: Queue, lease: Lease, watch: Watch, stopped: threading.Event) -> None:
         self._queue, self._lease, self._watch, self._stopped = queue, lease, watch, stopped
         self._over = threading.Event()
-        self.hold = Hold.HELD
+        self.hold = Hold.HELD if lease.job.cancel is None else Hold.CANCELLED
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -178,17 +234,20 @@ class _Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        every = self._queue.lease_seconds / 4
+        every = min(self._queue.lease_seconds / 4, _HOLD)
         held_at = told_at = time.monotonic()
         told: Stage | None = None
         told_remote: str | None = None
-        while not self._over.wait(min(0.2, every)):
+        over = False
+        while not over:
+            over = self._over.wait(min(0.2, every))
             now = time.monotonic()
             stage, remote = self._watch.stage, self._watch.remote
             if self._stopped.is_set():
                 self._watch.stop.set()
-            news = remote != told_remote or (stage != told and now - told_at >= _SHOW)
-            if not news and now - held_at < every:
+            # where it runs is stored even if the runner has given up by now: the next attempt looks there
+            news = remote != told_remote or (stage != told and now - told_at >= _SHOW and not over)
+            if not news and (over or now - held_at < every):
                 continue
             told, told_remote, told_at = stage, remote, now
             try:
@@ -196,7 +255,8 @@ class _Heartbeat:
                 held_at = now
             except MergeAdapterError as error:
                 log("heartbeat-failed", job=self._lease.job.id, error=error.message)
-                hold = Hold.LOST if now - held_at > self._queue.lease_seconds else Hold.HELD
+                told_remote = None  # not stored yet
+                hold = Hold.LOST if now - held_at > self._queue.lease_seconds else self.hold
             if hold is not Hold.HELD:
                 self.hold = hold
                 if hold is Hold.CANCELLED:

@@ -86,7 +86,7 @@ def amount(text: str) -> int | None:
 
 
 def start_job(hub: Hub, spec: JobSpec, *, namespace: str) -> RemoteJob:
-    """Start a job; the one with its label when that runs already, so that a lost answer starts no second."""
+    """Start a job; the one with its label where there is one, ended or not, so that a lost answer starts no second."""
 
     def look() -> JobInfo | None:
         return next(iter(_labelled(hub, spec.label, namespace)), None)
@@ -132,7 +132,6 @@ def _labelled(hub: Hub, label: str, namespace: str) -> list[JobInfo]:
         info
         for info in hub.api.list_jobs(labels={LABEL: label}, namespace=namespace)
         if (info.labels or {}).get(LABEL) == label
-        and str(info.status.stage) not in ("CANCELED", "DELETED", "ERROR")
     ]
 
 

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
 
 from merge_adapter.bot.app import Parts
-from merge_adapter.bot.intake import adapter_folders
+from merge_adapter.bot.intake import adapter_folders, too_many
 from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages.forms import Wish, read_wish
@@ -49,10 +49,7 @@ def submit(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
         _request(read_wish(form), session, parts), limit=parts.settings.jobs_per_user
     )
     if isinstance(submission, OverLimit):
-        raise PolicyError(
-            f"you have {submission.limit} open jobs, which is as many as one may have",
-            hint="Wait for one to end, or cancel one.",
-        )
+        raise too_many(submission)
     log("submitted", job=submission.job_id, user=session.user)
     return _go(request, f"/jobs/{submission.job_id}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 
 from merge_adapter.bot.jobs import Job, JobKind, JobState, Outcome, Stage, state_of_exit
 from merge_adapter.bot.settings import BotSettings
-from merge_adapter.errors import ExitCode
+from merge_adapter.errors import ExitCode, StorageError
 from merge_adapter.hub.access import redact
 from merge_adapter.hub.errors import RefusedError
 from merge_adapter.report.lines import parse_line
@@ -61,7 +63,10 @@ class Watch:
         self._remote = remote
 
     def line(self, text: str) -> None:
-        """One line of the job's output: a stage, or something for its log. Tokens are blotted out."""
+        """One line of the job's output: a stage, or something for its log. Tokens are blotted out.
+
+        A log that cannot be written is cut off: whoever reads the job's output must go on reading it.
+        """
         found = parse_line(text)
         if found is not None:
             begins = self._stage is None or self._stage.label != found.label
@@ -75,11 +80,14 @@ class Watch:
                 return
             shown = shown if len(shown) <= self._room else "… the rest of the log was cut off\n"
             self._room = max(0, self._room - len(shown)) if not shown.startswith("…") else 0
-            self._log.write(shown)
-            self._log.flush()
+            try:
+                self._log.write(shown)
+                self._log.flush()
+            except OSError:
+                self._room = 0
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._log.close()
 
 
@@ -89,8 +97,8 @@ class Runner(Protocol):
     def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
         """Carry the job out and say how it ended. `token` is used for this job alone; `slot` counts from 0.
 
-        An outcome with exit code 5 is tried again later. Raises what the place where it runs raises; that is tried
-        again too when it is a RemoteError.
+        A failed outcome with exit code 5 is tried again later, from the beginning. Raises what the place where it runs
+        raises; a RemoteError or an OSError is tried again too, and what `watch.runs_at` told is followed then.
         """
         ...
 
@@ -148,14 +156,19 @@ def outcome_of(exit_code: int, document: Mapping[str, Any] | None, *, last_line:
     state = state_of_exit(exit_code)
     if state is JobState.DONE and "verification" not in document:
         state, message = JobState.FAILED, "the job ended without a report"
-    refused = isinstance(error, dict) and error.get("type") == RefusedError.__name__
+    kind = str(error.get("type", "")) if isinstance(error, dict) else ""
+    if kind == RefusedError.__name__:
+        state = JobState.REFUSED
+    elif kind == StorageError.__name__:  # the machine's fault, and not for ever
+        state = JobState.FAILED
     return Outcome(
-        JobState.REFUSED if refused else state,
+        state,
         exit_code,
         message,
         hint,
         verdict if isinstance(verdict, str) else None,
         publication if isinstance(publication, dict) else None,
+        kind,
     )
 
 
@@ -163,6 +176,6 @@ def keep_report(folder: Path, document: Mapping[str, Any]) -> None:
     """Keep a job's report beside its log, whole or not at all."""
     if "verification" not in document:
         return
-    part = folder / f"{REPORT_FILE}.part"
+    part = folder / f"{REPORT_FILE}.{os.getpid()}.part"  # a worker that lost its lease may write one too
     part.write_text(json.dumps(document), encoding="utf-8")
     part.replace(folder / REPORT_FILE)

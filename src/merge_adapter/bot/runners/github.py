@@ -7,6 +7,7 @@ without one, what a successful run published is looked for on the Hub.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,8 +26,8 @@ from merge_adapter.types import MergeSettings
 
 _APPEAR_SECONDS = 180.0
 """How long a run may take to appear after its dispatch."""
-_CLOCK_SKEW = 120.0
-"""Seconds by which this machine's clock and GitHub's may differ."""
+_CLOCK_SKEW = 3600.0
+"""Seconds by which this machine's clock and GitHub's may differ. A run that is not found is started twice."""
 
 
 class GitHubRunner:
@@ -69,7 +70,7 @@ class GitHubRunner:
         """The run of this job: one that an earlier attempt started, or a new one."""
         if job.remote is not None:
             return self._github.workflow_run(int(job.remote))
-        mark = f"{job.id}.{job.failures}"
+        mark = f"{job.id}.{job.round}"
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((job.started or job.created) - _CLOCK_SKEW))
         run = self._find(mark, since)
         if run is None:
@@ -88,7 +89,8 @@ class GitHubRunner:
         return run
 
     def _find(self, mark: str, since: str) -> WorkflowRun | None:
-        return next((run for run in self._github.dispatched_runs(since) if mark in run.title), None)
+        named = re.compile(rf"(?<![\w.]){re.escape(mark)}(?![\w.])")  # round 1 is not round 10
+        return next((run for run in self._github.dispatched_runs(since) if named.search(run.title)), None)
 
     def _payload(self, job: Job, mark: str) -> dict[str, Any]:
         request = job.request

@@ -14,6 +14,7 @@ from merge_adapter.bot.runners.flavours import choose_flavour, estimate
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
 from merge_adapter.hub import Hub
+from merge_adapter.hub.errors import RefusedError
 from merge_adapter.hub.jobs import JobSpec, RemoteJob, cancel_job, hardware, job_log, look_at_job, start_job
 from merge_adapter.report.document import REPORT_FILE
 from merge_adapter.report.lines import VARIABLE
@@ -49,7 +50,7 @@ class HfJobsRunner:
         while not remote.ended:
             if watch.stop.wait(self._settings.poll_seconds):
                 if watch.cancelled.is_set():
-                    with contextlib.suppress(MergeAdapterError):  # it ended meanwhile
+                    with contextlib.suppress(RefusedError, InputError):  # it ended meanwhile, or is gone
                         cancel_job(self._hub, remote.id, namespace=namespace)
                 return Interrupted()
             remote = look_at_job(self._hub, remote.id, namespace=namespace)
@@ -76,7 +77,7 @@ class HfJobsRunner:
             secrets={"HF_TOKEN": token} if token else {},
             flavour=flavour,
             timeout=self._settings.job_timeout,
-            label=f"{job.id}-{job.failures}",
+            label=f"{job.id}-{job.round}",
         )
 
     def _choose(self, job: Job, token: str, watch: Watch) -> str:

@@ -24,6 +24,8 @@ from merge_adapter.report.lines import VARIABLE
 
 _GRACE = 20.0
 """Seconds a job may take to clear up after it was told to stop."""
+_DRAIN = 5.0
+"""Seconds that the rest of a job's output may take to arrive once it has ended."""
 _WITHHELD = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC", "OAUTH_", "GITHUB_TOKEN", PREFIX)
 """How the names begin of variables a job does not inherit: the bot's own credentials and settings."""
 
@@ -83,13 +85,16 @@ class LocalRunner:
         finally:
             _end(process)
         for reader in readers:
-            reader.join(_GRACE)
+            reader.join(_DRAIN)
         for stream in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(OSError):
                 stream.close()
-        if stopped:
-            return Interrupted() if watch.stop.is_set() else _timed_out(self._settings.job_timeout)
         document = _document(b"".join(printed))
+        finished = (
+            process.returncode == ExitCode.DONE and "verification" in document
+        )  # before it heard of the stop
+        if stopped and not finished:
+            return Interrupted() if watch.stop.is_set() else _timed_out(self._settings.job_timeout)
         keep_report(watch.folder, document)
         return outcome_of(process.returncode, document, last_line=_telling(last, process.returncode))
 
