@@ -24,7 +24,7 @@ def test_every_job_runs_once_and_queues_keep_their_order() -> None:
 
 def test_idle_workers_help_with_the_longest_queue() -> None:
     """One file alone keeps all of them busy."""
-    barrier = threading.Barrier(3, timeout=20)
+    barrier = threading.Barrier(3, timeout=120)
     run_jobs(Queues([[], [barrier.wait] * 3]), threads=3, stop=Stop())
 
 
@@ -40,7 +40,7 @@ def test_a_failing_job_stops_the_others() -> None:
             time.sleep(0.001)
 
     def fail() -> None:
-        running.wait(20)
+        assert running.wait(120)
         raise RuntimeError("this one")
 
     with pytest.raises(RuntimeError, match="this one"):

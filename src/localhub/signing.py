@@ -21,6 +21,11 @@ class Signer:
         assert row is not None
         self._key = bytes.fromhex(row["value"])
 
+    @property
+    def name(self) -> str:
+        """16 hex digits that tell this data folder from every other, also after a restart."""
+        return self._mac("name")[:16]
+
     def sign(self, *fields: str, lifetime: float) -> tuple[str, int]:
         """`fields` joined by dots with expiry and signature, and the expiry in Unix seconds."""
         expires = int(time.time() + lifetime)

@@ -22,7 +22,7 @@ from localhub.faults import Answer, Delay, FaultProxy, Rule
 from localhub.process import LocalHub
 from merge_adapter.errors import ExitCode
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 300.0
 
 
 def command(folder: Path, *options: str) -> list[str]:

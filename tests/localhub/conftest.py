@@ -90,7 +90,7 @@ def client(hub: LocalHub, tmp_path: Path) -> Callable[..., str]:
             **environment,
         }
         done = subprocess.run(
-            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

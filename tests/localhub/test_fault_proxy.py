@@ -50,8 +50,8 @@ def test_without_rules_it_is_not_there(behind, proxy, repo, tmp_path):
     with open(path, "rb") as file:
         assert file.read() == content
     targets = [seen.target for seen in proxy.seen]
-    assert any("/cas/v1/xorbs" in target for target in targets)
-    assert any("/cas/v1/reconstructions" in target for target in targets)
+    assert any("/v1/xorbs" in target for target in targets)
+    assert any("/v1/reconstructions" in target for target in targets)
 
 
 def test_rate_limit_with_retry_after(behind, proxy, repo):

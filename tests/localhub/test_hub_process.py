@@ -28,7 +28,7 @@ def test_prints_its_url_and_nothing_else(tmp_path):
         url = process.stdout.readline().strip()
         httpx2.get(f"{url}/api/whoami-v2", headers={"Authorization": "Bearer hf_a"}).raise_for_status()
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=15)
+        out, err = process.communicate(timeout=120)
     assert (out, err) == ("", "")
 
 
@@ -44,7 +44,7 @@ def test_prints_its_url_and_nothing_else(tmp_path):
 def test_bad_options(tmp_path, arguments, message):
     """Exit code 2 and the reason; a secret is not repeated."""
     with _localhub("--data", str(tmp_path), *arguments) as process:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert message in err
     assert out == ""
@@ -74,6 +74,22 @@ def test_restart_keeps_address_and_content(tmp_path):
         assert hub.url == url
         answer = httpx2.get(f"{url}/alice/m/resolve/main/w.bin", follow_redirects=True)
         assert answer.content == b"\x00" * 5000
+
+
+def test_another_hub_on_the_same_port_gets_every_chunk(tmp_path):
+    """Clients remember what a store has; that of another data folder is another store, whatever its address."""
+    content = bytes(range(256)) * 4000
+    with LocalHub(tmp_path / "one", {"alice": "hf_alice"}) as hub:
+        port = int(hub.url.rpartition(":")[2])
+        api = HfApi(endpoint=hub.url, token="hf_alice")
+        api.create_repo("alice/m")
+        api.upload_file(path_or_fileobj=content, path_in_repo="w.bin", repo_id="alice/m")
+    options = ["--wait-for-port=120"]
+    with LocalHub(tmp_path / "two", {"alice": "hf_alice"}, port=port, options=options) as hub:
+        api.create_repo("alice/m")
+        api.upload_file(path_or_fileobj=content, path_in_repo="w.bin", repo_id="alice/m")
+        answer = httpx2.get(f"{hub.url}/alice/m/resolve/main/w.bin", follow_redirects=True)
+        assert answer.content == content
 
 
 def test_only_one_of_many_wins_a_parent(alice, repo):
@@ -122,7 +138,8 @@ def test_kill_at_any_moment_leaves_whole_repositories(tmp_path, attempt):
         def work(number: int) -> None:
             # Without the client: it would go on asking the dead Hub for half a minute.
             name = f"alice/m{number}"
-            with httpx2.Client(base_url=hub.url, headers={"Authorization": "Bearer hf_alice"}) as raw:
+            headers = {"Authorization": "Bearer hf_alice"}
+            with httpx2.Client(base_url=hub.url, headers=headers, timeout=120) as raw:
                 try:
                     raw.post("/api/repos/create", json={"name": name})
                     for step in range(1000):
@@ -141,6 +158,7 @@ def test_kill_at_any_moment_leaves_whole_repositories(tmp_path, attempt):
         for thread in threads:
             thread.start()
         while len(answered) < 3 + 10 * attempt:
+            assert any(thread.is_alive() for thread in threads)
             time.sleep(0.001)
         hub.kill()
         for thread in threads:

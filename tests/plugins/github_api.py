@@ -97,23 +97,40 @@ class GitHubApi:
 def prism() -> Iterator[str]:
     """URL of a server that answers as GitHub's own OpenAPI description says, and refuses what it does not allow."""
     program = _installed_prism()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = CACHE / f"prism-{port}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [program, "mock", "--host", "127.0.0.1", "--port", str(port), str(CALLS)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    for attempt in reversed(range(3)):
+        # Prism takes no port by itself. Somebody else may take the one found here before Prism does.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = CACHE / f"prism-{port}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [program, "mock", "--host", "127.0.0.1", "--port", str(port), str(CALLS)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         try:
             _wait_for(f"http://127.0.0.1:{port}/zen", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
+        except RuntimeError:
+            _end(process)
+            if attempt == 0:
+                raise
+        else:
+            break
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(process)
     log.unlink()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _installed_prism() -> str:
@@ -179,18 +196,22 @@ def _only_called(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"Prism ended: {log.read_text()[-500:]}")
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            urllib.request.urlopen(url, timeout=30).close()
         except urllib.error.HTTPError:
-            return
+            answered = True
         except OSError:
-            time.sleep(0.1)
+            answered = False
         else:
+            answered = True
+        # It says so itself: another server may have the port.
+        if answered and b"listening" in log.read_bytes():
             return
+        time.sleep(0.1)
     raise RuntimeError(f"Prism did not start: {log.read_text()[-500:]}")
 
 
@@ -282,7 +303,7 @@ def _handler(api: GitHubApi, prism: str) -> type[BaseHTTPRequestHandler]:
                 prism + self.path, data=data or None, headers=headers, method=self.command
             )
             try:
-                with _OPENER.open(forward, timeout=30) as response:
+                with _OPENER.open(forward, timeout=240) as response:
                     status, body = response.status, response.read()
             except urllib.error.HTTPError as error:
                 with error:

@@ -183,7 +183,7 @@ def act(tmp_path: Path, workspace: Path, definition: dict[str, Any]) -> Callable
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=240,
+            timeout=900,
             check=False,
         )
         log = done.stdout.decode()

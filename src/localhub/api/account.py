@@ -102,7 +102,17 @@ def organization(ctx: Ctx, name: str) -> dict[str, Any]:
 
 @router.get("/api/organizations/{name:seg}/members")
 def members(ctx: Ctx, name: str) -> list[dict[str, Any]]:
+    """The members; their roles are told to members only."""
+    found = ctx.hub.accounts.members(ctx.hub.accounts.get(name).name)
+    inside = ctx.identity is not None and any(one.name == ctx.identity.user.name for one, _ in found)
     return [
-        {"_id": one.id, "user": one.name, "fullname": one.fullname, "avatarUrl": "", "type": "user"}
-        for one, _ in ctx.hub.accounts.members(ctx.hub.accounts.get(name).name)
+        {
+            "_id": one.id,
+            "user": one.name,
+            "fullname": one.fullname,
+            "avatarUrl": "",
+            "type": "user",
+            **({"role": role} if inside else {}),
+        }
+        for one, role in found
     ]

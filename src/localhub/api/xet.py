@@ -18,6 +18,9 @@ from localhub.xet.xorb import MAX_XORB_BYTES
 
 router = APIRouter()
 
+_CAS = "/cas/{store:seg}"
+"""Clients remember by this address which chunks the store has: another store must have another one, also when it
+gets the port of one that is gone."""
 TOKEN_LIFETIME = 3600.0
 """Seconds; clients renew a minute before the end."""
 
@@ -40,7 +43,7 @@ def read_token(ctx: Ctx, kind: str, owner: str, name: str, revision: str) -> JSO
 def _token(ctx: Context, repository: Repository, scope: str) -> JSONResponse:
     """The token in the body and in the headers: each client reads one of them."""
     token, expires = ctx.hub.signer.sign("xet", scope, repository.id, lifetime=TOKEN_LIFETIME)
-    url = f"{ctx.base_url}/cas"
+    url = f"{ctx.base_url}/cas/{ctx.hub.signer.name}"
     headers = {
         "X-Xet-Cas-Url": url,
         "X-Xet-Access-Token": token,
@@ -65,7 +68,7 @@ def _authorized(ctx: Context, *scopes: str) -> Repository:
     return repository
 
 
-@router.get("/cas/v1/chunks/default/{hash:seg}")
+@router.get(_CAS + "/v1/chunks/default/{hash:seg}")
 def chunk(ctx: Ctx, hash: str) -> Response:
     """The index of a xorb that holds a chunk: the client uploads none of its chunks again."""
     _authorized(ctx, "read", "write")
@@ -75,7 +78,7 @@ def chunk(ctx: Ctx, hash: str) -> Response:
     return Response(ctx.hub.xet.index(xorb), media_type="application/octet-stream")
 
 
-@router.post("/cas/v1/xorbs/default/{hash:seg}")
+@router.post(_CAS + "/v1/xorbs/default/{hash:seg}")
 def xorb(ctx: Ctx, hash: str, raw: RawBody) -> dict[str, Any]:
     _authorized(ctx, "write")
     if len(raw) > MAX_XORB_BYTES:
@@ -83,7 +86,7 @@ def xorb(ctx: Ctx, hash: str, raw: RawBody) -> dict[str, Any]:
     return {"was_inserted": ctx.hub.xet.add_xorb(check_hash(hash), raw)}
 
 
-@router.post("/cas/v1/shards")
+@router.post(_CAS + "/v1/shards")
 def shard(ctx: Ctx, raw: RawBody) -> dict[str, Any]:
     repository = _authorized(ctx, "write")
     if len(raw) > MAX_SHARD_BYTES:
@@ -95,7 +98,7 @@ def shard(ctx: Ctx, raw: RawBody) -> dict[str, Any]:
     return {"result": 1}
 
 
-@router.get("/cas/v1/reconstructions/{hash:seg}")
+@router.get(_CAS + "/v1/reconstructions/{hash:seg}")
 def reconstruction(ctx: Ctx, hash: str, request: Request) -> dict[str, Any]:
     """Which ranges of which xorbs make up (a range of) a file."""
     repository = _authorized(ctx, "read", "write")
