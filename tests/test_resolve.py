@@ -82,6 +82,69 @@ def test_the_one_adapter_below_is_taken_and_several_are_not_guessed(
     assert resolve(request, hub=unreachable).adapter.repository.origin.subfolder == "checkpoint-9"
 
 
+def test_each_adapter_may_name_its_subfolder(tmp_path: Path, base: Path, unreachable: Hub) -> None:
+    run = tmp_path / "run"
+    for name in ("checkpoint-5", "checkpoint-9", "a:b"):
+        make_adapter(run / name, base_model_name_or_path=str(base))
+    request = SourceRequest((f"{run}:checkpoint-5", f"{run}:checkpoint-9/", str(run / "a:b")))
+    origins = [one.repository.origin for one in resolve(request, hub=unreachable).adapters]
+    assert [origin.subfolder for origin in origins] == ["checkpoint-5", "checkpoint-9", ""]
+    assert origins[2].folder == run / "a:b"
+    for reference, options, message in (
+        (f"{run}:", {}, "no subfolder after its colon"),
+        (f"{run}:../run", {}, "not a path inside"),
+        (f"{run}:checkpoint-5", {"subfolder": "checkpoint-9"}, "--subfolder says"),
+        (f"{run}:checkpoint-7", {}, "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            resolve(SourceRequest((reference,), **options), hub=unreachable)
+        assert caught.value.hint or "path inside" in message
+
+
+def old_sentence_transformer(base: Path) -> Path:
+    """The layout of sentence-transformers before 2.0: nothing of transformers at the root."""
+    (base / "0_Transformer").mkdir()
+    (base / "1_Pooling").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (base / name).rename(base / "0_Transformer" / name)
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    modules = [
+        {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (base / "modules.json").write_text(json.dumps(modules))
+    return base
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_shown_at_the_root(
+    tmp_path: Path, base: Path, unreachable: Hub
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base_model_name_or_path=str(old_sentence_transformer(base)))
+    sources = resolve(SourceRequest((str(adapter),)), hub=unreachable)
+    shown = sources.base.repository
+    assert list(shown.files) == ["1_Pooling/config.json", "config.json", "modules.json", "tokenizer.json"]
+    assert sources.base.config["model_type"] == "llama"
+    assert [module["path"] for module in json.loads(shown.read("modules.json"))] == ["", "1_Pooling"]
+    assert shown.files["modules.json"] == len(shown.read("modules.json"))
+    folder = shown.folder(shown.files)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    assert (folder / "1_Pooling" / "config.json").is_file()
+    assert any("sentence-transformers" in note for note in sources.notes)
+    assert not (base / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "modules", ["[]", "{", '[{"type": "x.Transformer", "path": "../out"}]', '["Transformer"]']
+)
+def test_modules_that_name_no_transformer_make_no_base(
+    modules: str, tmp_path: Path, base: Path, unreachable: Hub
+) -> None:
+    (old_sentence_transformer(base) / "modules.json").write_text(modules)
+    adapter = make_adapter(tmp_path / "adapter", base_model_name_or_path=str(base))
+    with pytest.raises(NotFoundError, match=r"no config\.json"):
+        resolve(SourceRequest((str(adapter),)), hub=unreachable)
+
+
 BAD: list[tuple[str, dict[str, Any], type[MergeAdapterError], str]] = [
     ("no base named", {}, InputError, "does not say which base"),
     ("base is empty", {"base_model_name_or_path": ""}, InputError, "does not say which base"),

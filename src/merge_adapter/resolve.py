@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.checkpoint.lifted import lifted
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
@@ -66,14 +67,14 @@ class SourceRequest:
     """What the user named."""
 
     adapters: tuple[str, ...]
-    """Folders or Hub ids, `owner/name` or `owner/name@revision`; at least one."""
+    """Folders or Hub ids, `owner/name` or `owner/name@revision`, each with `:subfolder` or without; at least one."""
     weights: tuple[float, ...] = ()
     """One per adapter; all 1.0 when empty."""
     base_model: str | None = None
     """Overrides the base that the adapter's config names."""
     base_revision: str | None = None
     subfolder: str = ""
-    """Where in its repository the first adapter lies."""
+    """Where in its repository the first adapter lies, unless its reference says so."""
     combination: Combination = field(default_factory=Combination)
     """How several adapters become one update."""
     soft_prompt: SoftPrompt = SoftPrompt.REFUSE
@@ -119,7 +120,7 @@ def resolve(
     base = settle_base(
         _open_base(adapters, request, hub, notes),
         quantized_base,
-        lambda repo_id: _base_of(hub.open(repo_id)),
+        lambda repo_id: _base_of(hub.open(repo_id), notes),
         notes,
     )
     tokenizer = _choose_tokenizer(adapters[0].repository, base.repository, notes)
@@ -200,10 +201,29 @@ def _clean_subfolder(subfolder: str) -> str:
     return clean
 
 
+def split_subfolder(text: str) -> tuple[str, str]:
+    """`REFERENCE:SUBFOLDER` in its two parts, the second "" when there is none. An existing folder is no such pair."""
+    reference, colon, subfolder = text.rpartition(":")
+    if not colon or not reference or Path(text).expanduser().is_dir():
+        return text, ""
+    if not subfolder.strip("/"):
+        raise InputError(
+            f"{text!r} names no subfolder after its colon",
+            hint=f"Write {reference}:SUBFOLDER, or {reference}",
+        )
+    return reference, subfolder
+
+
 def _open_adapter(text: str, weight: float, request: SourceRequest, hub: Hub, notes: list[str]) -> Adapter:
+    text, subfolder = split_subfolder(text)
+    if subfolder and request.subfolder and subfolder.strip("/") != request.subfolder.strip("/"):
+        raise InputError(
+            f"the adapter {text} is named with the subfolder {subfolder}, and --subfolder says {request.subfolder}",
+            hint="Say it once.",
+        )
     if not request.local_paths and isinstance(parse_reference(text, what="adapter").place, Path):
         raise PolicyError(f"the adapter {text} is a folder; only repositories of the Hub are accepted here")
-    repository = open_reference(text, what="adapter", hub=hub, subfolder=request.subfolder)
+    repository = open_reference(text, what="adapter", hub=hub, subfolder=subfolder or request.subfolder)
     if ADAPTER_CONFIG not in repository.files:
         repository = _only_adapter_below(text, repository, hub, notes)
     config = read_json(repository, ADAPTER_CONFIG)
@@ -233,7 +253,7 @@ def _only_adapter_below(text: str, repository: Repository, hub: Hub, notes: list
         shown = ", ".join(folders[:8]) + (", …" if len(folders) > 8 else "")
         raise InputError(
             f"{repository.origin} holds {len(folders)} adapters, none at its root: {shown}",
-            hint=f"Choose one: --subfolder {folders[-1]}",
+            hint=f"Choose one: --subfolder {folders[-1]}, or {text}:{folders[-1]}",
         )
     origin = repository.origin
     subfolder = f"{origin.subfolder}/{folders[0]}".strip("/")
@@ -252,7 +272,7 @@ def _open_base(
         )
     else:
         repository = _base_from_configs(adapters, request, hub)
-    base = _base_of(repository)
+    base = _base_of(repository, notes)
     named = adapters[0].config.get("base_model_name_or_path")
     if request.base_model is not None and isinstance(named, str) and named and named != request.base_model:
         origin = repository.origin
@@ -261,7 +281,13 @@ def _open_base(
     return base
 
 
-def _base_of(repository: Repository) -> BaseModel:
+def _base_of(repository: Repository, notes: list[str]) -> BaseModel:
+    if MODEL_CONFIG not in repository.files and (whole := lifted(repository)) is not None:
+        notes.append(
+            "The base is laid out as old versions of sentence-transformers did, its transformer in a folder of its own;"
+            " the merged model has it at the root, where newer ones and transformers look."
+        )
+        repository = whole
     if MODEL_CONFIG not in repository.files:
         if ADAPTER_CONFIG in repository.files:
             raise BaseModelError(
