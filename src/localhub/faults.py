@@ -144,7 +144,7 @@ class FaultProxy:
 
     @property
     def seen(self) -> tuple[Seen, ...]:
-        """All requests so far, in the order in which they were finished."""
+        """All requests that were answered so far, in that order; whoever has an answer finds its request here."""
         with self._lock:
             return tuple(self._seen)
 
@@ -215,14 +215,18 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def _serve(self) -> None:
-        proxy = self.server.proxy
-        fault = proxy.strike(self.command, self.path)
-        body = self._body()
-        status: int | None = None
+        self._fault = self.server.proxy.strike(self.command, self.path)
+        self._noted = False
         try:
-            status = self._treat(fault, body)
+            self._treat(self._fault, self._body())
         finally:
-            proxy.note(Seen(self.command, self.path, fault, status))
+            self._note(None)
+
+    def _note(self, status: int | None) -> None:
+        """Note the request, once: before the client can know that it has been answered."""
+        if not self._noted:
+            self._noted = True
+            self.server.proxy.note(Seen(self.command, self.path, self._fault, status))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _serve
 
@@ -240,8 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return b"".join(parts)
 
-    def _treat(self, fault: Fault | None, body: bytes) -> int | None:
-        """Answer as the fault says; the status, None when the connection was cut."""
+    def _treat(self, fault: Fault | None, body: bytes) -> None:
+        """Answer as the fault says."""
         if isinstance(fault, ExpiredToken):
             return self._refuse(Answer(401, message="Invalid credentials in Authorization header"))
         if isinstance(fault, Answer):
@@ -252,7 +256,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault.seconds)
         return self._forward(fault, body)
 
-    def _refuse(self, fault: Answer) -> int:
+    def _refuse(self, fault: Answer) -> None:
+        self._note(fault.status)
         content = json.dumps({"error": fault.message}).encode()
         self.send_response(fault.status)
         self.send_header("Content-Type", "application/json")
@@ -265,16 +270,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        return fault.status
 
-    def _cut(self) -> int | None:
+    def _cut(self) -> None:
         """End the connection; there is no status to tell."""
+        self._note(None)
         self.close_connection = True
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
-        return None
 
-    def _forward(self, fault: Fault | None, body: bytes) -> int | None:
+    def _forward(self, fault: Fault | None, body: bytes) -> None:
         connection = http.client.HTTPConnection(*self.server.proxy.upstream, timeout=300)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -293,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> int | None:
+    def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> None:
         self.send_response_only(answer.status, answer.reason)
         length = answer.getheader("Content-Length")
         for name, value in answer.getheaders():
@@ -302,22 +306,27 @@ class _Handler(BaseHTTPRequestHandler):
         chunked = length is None and self.command != "HEAD" and answer.status not in (204, 304)
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
         left = fault.after if isinstance(fault, Cut) else None
+        if left is None and not chunked and (self.command == "HEAD" or not answer.length):
+            self._note(answer.status)
+        self.end_headers()
         while self.command != "HEAD" and (block := answer.read1(_BLOCK)):
             part = block if left is None else block[:left]
+            if left is None and answer.length == 0:  # the last one
+                self._note(answer.status)
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part)
             if isinstance(fault, Throttle):
                 time.sleep(len(part) / fault.bytes_per_second)
             if left is not None:
                 left -= len(part)
                 if left <= 0:
-                    return self._cut()
+                    break
         if left is not None:
-            return self._cut()
+            self._cut()
+            return
+        self._note(answer.status)
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
-        return answer.status
 
 
 def parse_rule(text: str) -> Rule:

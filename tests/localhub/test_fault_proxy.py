@@ -54,6 +54,29 @@ def test_without_rules_it_is_not_there(behind, proxy, repo, tmp_path):
     assert any("/v1/reconstructions" in target for target in targets)
 
 
+def test_whoever_has_an_answer_finds_its_request(alice, proxy, repo):
+    """Small and large answers, without a body, refused and cut: noted before the client can know the end."""
+    alice.upload_file(path_or_fileobj=b"t" * 50_000, path_in_repo="t.txt", repo_id=repo)
+    proxy.add(Rule(Answer(503), path="refused"))
+    proxy.add(Rule(Cut(after=10), path="cut"))
+    asked = []
+    with httpx2.Client(base_url=proxy.url) as client:
+        for _ in range(30):
+            for method, path, status in [
+                ("GET", f"/api/models/{repo}", 200),
+                ("GET", f"/{repo}/resolve/main/t.txt", 200),
+                ("HEAD", f"/{repo}/resolve/main/t.txt", 200),
+                ("GET", "/refused", 503),
+                ("GET", f"/{repo}/resolve/main/t.txt?cut", None),
+            ]:
+                try:
+                    assert client.request(method, path).status_code == status
+                except httpx2.RemoteProtocolError:
+                    assert status is None
+                asked.append((method, path, status))
+                assert [(one.method, one.target, one.status) for one in proxy.seen] == asked
+
+
 def test_rate_limit_with_retry_after(behind, proxy, repo):
     """The client waits as long as it is told, and goes on."""
     rule = proxy.add(Rule(Answer(429, retry_after=1), path="/preupload/", times=1))

@@ -36,7 +36,7 @@ BASE, ADAPTER = ASSETS / "base", ASSETS / "adapter"
 BASE_ID, ADAPTER_ID = "demo/pydoc-llama", "demo/pydoc-llama-answers"
 OWNER, BOT = "ada", "merge-bot"
 """Users: one who trains models, and the bot. Both belong to the organisation `demo`."""
-DELIVERY_SECONDS = 30.0
+DELIVERY_SECONDS = 120.0
 """How long a webhook may take; it arrives within a second."""
 _NEEDED = ("fastapi", "uvicorn", "jinja2", "pygit2", "lz4", "jwt", "cryptography")
 """Modules of the extra `demo` that the embedded Hub and the bot run on."""
