@@ -89,8 +89,10 @@ def test_every_part_catches_the_faults_injected_on_request(good: Callable[[str],
     result = good("lm-bf16").judge(full_mutants=True, **HERE)
     assert result.verdict is Verdict.PASS, result.reasons
     mutants = {entry["fault"].split(":")[0]: entry for entry in result.evidence["mutants"]}
-    for name in ("no-op", "twice", "sign", "foreign adapter"):
+    for name in ("no-op", "twice", "sign", "foreign adapter", "scaled by 4", "zeroed", "not a number", "swapped"):
         assert mutants[name]["caught_by"] == ["weights", "modules", "outputs"], mutants[name]
+    for name in ("scaled by 1.1", "scaled by 0.9", "row", "element", "coarse"):
+        assert "weights" in mutants[name]["caught_by"], mutants[name]
     assert mutants["dropped layer"]["caught_by"] == ["outputs"]
 
 

@@ -164,7 +164,10 @@ def _closed_form(
     magnitude: Tensor | None = None
     transposed = bool(getattr(module, "fan_in_fan_out", False))
     if sources.combination.type is not CombinationType.SEQUENTIAL:
-        return _combined_form(module, weight, transposed=transposed)
+        ranks = ()
+        if sources.combination.type is CombinationType.CAT:
+            ranks = tuple(_rank(file, name) for file in files)
+        return _combined_form(module, weight, ranks=ranks, transposed=transposed)
     for at, (adapter, file) in enumerate(zip(sources.adapters, files, strict=True)):
         factors = _factors(file, name)
         if factors is None:
@@ -195,10 +198,17 @@ def _closed_form(
     left, right = torch.cat(lefts, 1), torch.cat(rights, 0)
     if magnitude is not None:
         return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed)
-    return LowRank(weight.detach(), left, right)
+    ranks = tuple(_rank(file, name) for file in files) if len(files) > 1 else ()
+    return LowRank(weight.detach(), left, right, ranks=ranks)
 
 
-def _combined_form(module: Any, weight: Tensor, *, transposed: bool) -> Update | None:
+def _rank(file: AdapterFile, name: str) -> int:
+    """The rank of one adapter on one module, 0 where it leaves it alone."""
+    factors = _factors(file, name)
+    return 0 if factors is None else int(factors[0].shape[0])
+
+
+def _combined_form(module: Any, weight: Tensor, *, ranks: tuple[int, ...], transposed: bool) -> Update | None:
     """W + B A with the factors that PEFT's `add_weighted_adapter` made."""
     if COMBINED in module.lora_A:
         down, up, flip = module.lora_A[COMBINED].weight, module.lora_B[COMBINED].weight, transposed
@@ -208,7 +218,8 @@ def _combined_form(module: Any, weight: Tensor, *, transposed: bool) -> Update |
         return None
     up, down = up.detach().flatten(1).double(), down.detach().flatten(1).double()  # (out, r), (r, in)
     left, right = (down.T, up.T) if flip else (up, down)
-    return LowRank(weight.detach(), left, right, form="PEFT's add_weighted_adapter, W + B A")
+    form = "PEFT's add_weighted_adapter, W + B A"
+    return LowRank(weight.detach(), left, right, form=form, ranks=ranks)
 
 
 _LORA_LEAVES = (

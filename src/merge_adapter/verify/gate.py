@@ -239,7 +239,8 @@ class Gate:
 
     def _mutants(self, expected: Expectations, storage: torch.dtype) -> list[Outcome]:
         with self.progress.task("Injecting faults", None):
-            outcomes = run_mutants(expected, storage, self.settings.seed)
+            full = self.settings.full_mutants
+            outcomes = run_mutants(expected, storage, self.settings.seed, full=full)
         self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
         self.findings += judge_mutants(outcomes)
         return outcomes

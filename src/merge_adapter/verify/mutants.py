@@ -1,31 +1,50 @@
 """Known faults injected into the gate itself: a gate that does not catch them has shown nothing.
 
 Nothing is written; the faults are made in memory. Every run tries them on a few of the tensors the adapter changes,
-through the weights and the modules part; on request each is also made in the whole model and put to the outputs part.
+through the weights and the modules part; on request there are more kinds of them, and each is also made in the whole
+model and put to the outputs part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_adapter.verify.expectations import Expectations
-from merge_adapter.verify.findings import Finding, undecided
+from merge_adapter.verify.findings import Finding, undecided, warning
 from merge_adapter.verify.layers import judge_layer
-from merge_adapter.verify.oracle import Points, Replaced, Single, Update, as_matrix
+from merge_adapter.verify.oracle import LowRank, Points, Replaced, Single, Update, as_matrix
 from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, blocks, judge_update
 
 SAMPLED = 3
-"""Tensors a fault is tried on: the first, the middle and the last that the adapter changes."""
+"""Tensors a fault is tried on: the first, the middle and the last that it can be made in."""
 
 LARGEST = 1 << 20
 """Elements of a tensor above which a mutant is made on its first rows only, and not put to the modules part."""
+
+ADAPTERS = 8
+"""Adapters, of several merged at once, each of which is left out in turn."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one tensor, to be spoiled."""
+
+    update: Update
+    start: int
+    stop: int
+    base: Tensor
+    """The base's rows, fp64."""
+    delta: Tensor
+    """What the adapter adds to them, fp64."""
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -35,26 +54,134 @@ class Mutant:
     name: str
     makes: str
     """In words."""
-    change: Callable[[Tensor, Tensor, int], Tensor]
-    """(base rows, update rows, seed) -> rows of the faulty merge before rounding, fp64."""
+    change: Callable[[Piece], Tensor]
+    """Rows of the faulty merge before they are rounded, fp64."""
+    fits: Callable[[Update], bool] = lambda _update: True
+    """Whether the fault can be made in a tensor."""
+    decides: bool = True
+    """Whether a gate that is blind to it has shown nothing; other faults are made on request, to be looked at."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.makes}"
 
 
-def _foreign(base: Tensor, delta: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(delta.numel(), generator=generator)
-    return base + delta.flatten()[order].reshape(delta.shape)
+def _foreign(piece: Piece) -> Tensor:
+    generator = torch.Generator().manual_seed(piece.seed)
+    order = torch.randperm(piece.delta.numel(), generator=generator)
+    return piece.base + piece.delta.flatten()[order].reshape(piece.delta.shape)
+
+
+def _row_lost(piece: Piece) -> Tensor:
+    rows = piece.base + piece.delta
+    at = int(piece.delta.square().sum(1).argmax()) if piece.start == 0 else None
+    if at is not None:
+        rows[at] = piece.base[at]
+    return rows
+
+
+def _element_off(piece: Piece) -> Tensor:
+    rows = piece.base + piece.delta
+    if piece.start == 0:
+        rows[0, 0] += rows.abs().max()
+    return rows
+
+
+def _coarse(piece: Piece) -> Tensor:
+    """Six significant bits; bf16 has eight."""
+    mantissa, exponent = torch.frexp(piece.base + piece.delta)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent)
 
 
 DROPPED = "dropped layer: the layers of one block left unmerged"
 """The fault that only exists in a whole model."""
 
 MUTANTS = (
-    Mutant("no-op", "the base itself", lambda base, _delta, _seed: base),
-    Mutant("twice", "the update added twice", lambda base, delta, _seed: base + 2 * delta),
-    Mutant("scaled by 1.1", "the update a tenth too strong", lambda base, delta, _seed: base + 1.1 * delta),
-    Mutant("sign", "the update subtracted", lambda base, delta, _seed: base - delta),
+    Mutant("no-op", "the base itself", lambda piece: piece.base),
+    Mutant("twice", "the update added twice", lambda piece: piece.base + 2 * piece.delta),
+    Mutant("scaled by 1.1", "the update a tenth too strong", lambda piece: piece.base + 1.1 * piece.delta),
+    Mutant("sign", "the update subtracted", lambda piece: piece.base - piece.delta),
     Mutant("foreign adapter", "another update of the same size", _foreign),
 )
+"""Those of every run."""
+
+SHOWN = (
+    Mutant("scaled by 0.9", "the update a tenth too weak", lambda piece: piece.base + 0.9 * piece.delta),
+    Mutant("scaled by 4", "rsLoRA mistaken at rank 16", lambda piece: piece.base + 4 * piece.delta),
+    Mutant("zeroed", "a tensor of zeros", lambda piece: torch.zeros_like(piece.base)),
+    Mutant("not a number", "no element is finite", lambda piece: torch.full_like(piece.base, torch.nan)),
+    Mutant("row", "the row that changes most left unmerged", _row_lost),
+    Mutant("element", "a single element wrong", _element_off),
+    Mutant("coarse", "six significant bits on the way", _coarse),
+)
+"""Those made on request beside them; where one of them goes unseen, that is told and changes no verdict."""
+
+
+def left_out(expected: Expectations) -> tuple[Mutant, ...]:
+    """One fault for each of several adapters that add up: its part of the update is missing."""
+    count = max((len(_ranks(update)) for update in expected.updates.values()), default=0)
+    return tuple(
+        Mutant(
+            f"adapter {at + 1} left out",
+            f"the update of the other {count - 1} alone",
+            partial(_without, at),
+            partial(_carries, at),
+        )
+        for at in range(min(count, ADAPTERS))
+    )
+
+
+def _ranks(update: Update) -> tuple[int, ...]:
+    return update.ranks if isinstance(update, LowRank) else ()
+
+
+def _carries(at: int, update: Update) -> bool:
+    """Whether adapter number `at` adds something of its own to this tensor."""
+    if len(_ranks(update)) <= at or not isinstance(update, LowRank):
+        return False
+    columns = _columns(at, update)
+    return bool(update.left[:, columns].any() and update.right[columns].any())
+
+
+def _columns(at: int, update: LowRank) -> slice:
+    return slice(sum(update.ranks[:at]), sum(update.ranks[: at + 1]))
+
+
+def _without(at: int, piece: Piece) -> Tensor:
+    update = piece.update
+    if not isinstance(update, LowRank) or not _carries(at, update):
+        return piece.base + piece.delta
+    columns = _columns(at, update)
+    own = update.left[piece.start : piece.stop, columns].double() @ update.right[columns].double()
+    return piece.base + piece.delta - own
+
+
+def swapped(expected: Expectations) -> Mutant:
+    """Each tensor holds what belongs to the next one of its shape."""
+    partners: dict[int, Update] = {}
+    shapes: dict[tuple[int, ...], list[Update]] = {}
+    for update in expected.updates.values():
+        if not isinstance(update, Replaced):
+            shapes.setdefault(tuple(update.shape), []).append(update)
+    for alike in shapes.values():
+        if len(alike) > 1:
+            partners |= {id(one): other for one, other in zip(alike, (*alike[1:], alike[0]), strict=True)}
+
+    def change(piece: Piece) -> Tensor:
+        partner = partners.get(id(piece.update))
+        if partner is None:
+            return piece.base + piece.delta
+        return partner.target_rows(piece.start, piece.stop, torch.float64)
+
+    return Mutant(
+        "swapped", "two layers changed places", change, lambda update: id(update) in partners, decides=False
+    )
+
+
+def mutants_of(expected: Expectations, *, full: bool) -> tuple[Mutant, ...]:
+    """The faults to inject: those of every run, and with `full` all there are."""
+    always = (*MUTANTS, *left_out(expected))
+    shown = tuple(replace(mutant, decides=False) for mutant in SHOWN)
+    return (*always, *shown, swapped(expected)) if full else always
 
 
 @dataclass
@@ -62,6 +189,8 @@ class Outcome:
     """What the parts made of one injected fault."""
 
     fault: str
+    mutant: Mutant | None = None
+    """How it is made; None for one that is made elsewhere."""
     tried: int = 0
     weights: int = 0
     """Of the tensors tried, how many the weights part caught."""
@@ -88,16 +217,17 @@ class Outcome:
         return {**entry, "missed": self.missed} if self.missed else entry
 
 
-def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list[Outcome]:
-    """Each fault on the sampled tensors, through the weights and the modules part."""
-    names = [name for name, update in expected.updates.items() if not isinstance(update, Replaced)]
-    if not names:
-        return []
-    picked = [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED]
-    pairs = [(mutant, name) for mutant in MUTANTS for name in picked]
+def run_mutants(
+    expected: Expectations, storage: torch.dtype, seed: int, *, full: bool = False
+) -> list[Outcome]:
+    """Each fault on the sampled tensors, through the weights and the modules part. `full`: every fault there is."""
+    updates = {name: update for name, update in expected.updates.items() if not isinstance(update, Replaced)}
+    pairs = [
+        (mutant, name) for mutant in mutants_of(expected, full=full) for name in _picked(mutant, updates)
+    ]
     with workers() as pool:
         found = list(pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage, seed), pairs))
-    outcomes = {mutant: Outcome(f"{mutant.name}: {mutant.makes}") for mutant in MUTANTS}
+    outcomes = {mutant: Outcome(str(mutant), mutant) for mutant, _ in pairs}
     for (mutant, name), (in_weights, in_modules) in zip(pairs, found, strict=True):
         outcome = outcomes[mutant]
         outcome.tried += 1
@@ -109,6 +239,11 @@ def run_mutants(expected: Expectations, storage: torch.dtype, seed: int) -> list
     return list(outcomes.values())
 
 
+def _picked(mutant: Mutant, updates: Mapping[str, Update]) -> list[str]:
+    names = [name for name, update in updates.items() if mutant.fits(update)]
+    return [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED] if names else []
+
+
 def _caught(
     mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int
 ) -> tuple[bool, bool | None]:
@@ -116,7 +251,7 @@ def _caught(
     update = expected.updates[name]
     part = _Head(update)
     faulty = torch.cat(
-        [faulty_rows(mutant, part, start, stop, dtype, seed) for start, stop in blocks(part.shape)]
+        [faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in blocks(part.shape)]
     )
     faulty = faulty.reshape(part.shape)
     in_weights = judge_update("mutant", faulty, part).agreement is Agreement.WRONG
@@ -130,10 +265,10 @@ def _caught(
 def faulty_rows(
     mutant: Mutant, update: Update, start: int, stop: int, dtype: torch.dtype, seed: int
 ) -> Tensor:
-    """Rows [start, stop) as the faulty merge would store them."""
+    """Rows [start, stop) as the faulty merge would store them; a tensor that the fault does not fit is right."""
     base = update.base_rows(start, stop, torch.float64)
     delta = update.target_rows(start, stop, torch.float64) - base
-    return mutant.change(base, delta, seed + start).to(dtype)
+    return mutant.change(Piece(update, start, stop, base, delta, seed + start)).to(dtype)
 
 
 class _Head(Update):
@@ -167,11 +302,13 @@ class _Head(Update):
 
 
 def judge_mutants(outcomes: list[Outcome]) -> Iterator[Finding]:
-    """A fault that slipped through the weights part leaves the answer open."""
+    """A fault that slipped through the weights part leaves the answer open, but for those made to be looked at."""
     for outcome in outcomes:
-        if outcome.weights != outcome.tried:
-            text = (
-                f"this injected fault went unseen in {', '.join(outcome.missed)}: the update is too small for this "
-                "dtype to show it; a wider dtype would"
-            )
+        if outcome.weights == outcome.tried:
+            continue
+        unseen = f"this injected fault went unseen in {', '.join(outcome.missed)}"
+        if outcome.mutant is not None and not outcome.mutant.decides:
+            yield warning("mutants", outcome.fault, unseen)
+        else:
+            text = f"{unseen}: the update is too small for this dtype to show it; a wider dtype would"
             yield undecided("mutants", outcome.fault, text)
