@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from merge_adapter.verify.answers import Batch
 
+PAGER = "pager"
+"""Socket in the job's folder to ask for weights that are not there yet; absent where all of them are."""
+
 MEDIA = "media."
 """Before the names of pictures and sounds among the inputs."""
 
@@ -28,7 +31,14 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
     try:
-        work(folder, job, result)
+        if (folder / PAGER).exists():
+            from merge_adapter.verify.asking import AskingPager
+            from merge_adapter.verify.mapped import paged
+
+            with AskingPager(folder / PAGER, Path(job["merged"])) as pager, paged(pager):
+                work(folder, job, result)
+        else:
+            work(folder, job, result)
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
         result["error"] = f"{type(error).__name__}: {error}"
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

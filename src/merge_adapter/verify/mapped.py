@@ -7,8 +7,9 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,10 @@ class Pager(Protocol):
         """Return when the data of `tensor`, if it lies in such a file, is there. What was needed before may go."""
         ...
 
+    def served(self, folder: Path, address: Path) -> AbstractContextManager[None]:
+        """While the context lasts, do the same for a process that has `folder` open and asks at the socket `address`."""
+        ...
+
 
 _pagers: list[Pager] = []
 
@@ -50,6 +55,11 @@ def paged(pager: Pager) -> Iterator[None]:
 def is_paged() -> bool:
     """Whether weights may be absent until they are needed."""
     return bool(_pagers)
+
+
+def served(folder: Path, address: Path) -> AbstractContextManager[None]:
+    """Let another process, which has `folder` open, ask the pager in force at the Unix socket `address`."""
+    return _pagers[-1].served(folder, address) if _pagers else nullcontext()
 
 
 def need(tensor: Tensor) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
-from merge_adapter.verify.arm import MEDIA
+from merge_adapter.verify.arm import MEDIA, PAGER
+from merge_adapter.verify.mapped import served
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
 """What a process needs to start and to see the same devices. Tokens and proxies are not among them."""
@@ -76,7 +77,8 @@ def ask_merged(questions: Questions) -> Merged:
         work = Path(name)
         save_file(_inputs(questions), work / "inputs.safetensors")
         (work / "job.json").write_text(json.dumps(_job(questions)), encoding="utf-8")
-        failed = _run(work, questions.timeout) if questions.isolated else _run_here(work)
+        with served(questions.folder, work / PAGER):
+            failed = _run(work, questions.timeout) if questions.isolated else _run_here(work)
         if failed:
             return Merged(error=failed)
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))

@@ -1,0 +1,53 @@
+"""A pager for a process that may not reach the network: it asks the one that started it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from merge_adapter.errors import StorageError
+from merge_adapter.verify.places import Place, Places, span
+
+
+class AskingPager:
+    """Asks at a Unix socket for the weights of `folder`, a tensor at a time."""
+
+    def __init__(self, address: Path, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[tuple[int, int], Place] = {}
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(address))
+        self._lines = self._socket.makefile("rwb")
+
+    def need(self, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return
+        key = (tensor.data_ptr(), span(tensor))
+        place = self._known.get(key) or Places(self._folder).find(tensor)
+        if place is None:
+            return
+        self._known[key] = place
+        asked = {"file": place.file, "offset": place.offset, "bytes": place.bytes}
+        self._lines.write(json.dumps(asked).encode() + b"\n")
+        self._lines.flush()
+        answer = json.loads(self._lines.readline() or b'{"error": "the process that brings weights is gone"}')
+        if "error" in answer:
+            raise StorageError(answer["error"])
+
+    def served(self, folder: Path, address: Path) -> AbstractContextManager[None]:  # noqa: ARG002 - none to serve
+        return nullcontext()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lines.close()
+        self._socket.close()
