@@ -13,9 +13,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, MethodError, ShapeError
-from merge_adapter.methods.adapter_file import AdapterFile
+from merge_adapter.methods.adapter_file import PREFIX, AdapterFile
 from merge_adapter.methods.change import TensorSpec
 from merge_adapter.methods.lora import Factors, scale_of, sort_tensors
+from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.types import Adapter, Combination, CombinationType
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def _factors(file: AdapterFile) -> Mapping[str, Factors]:
                 " would lose.",
                 hint=_ONE_BY_ONE,
             )
+    check_patterns(adapter.config, [name.removeprefix(PREFIX) for name in file.specs])
     found = sort_tensors(file.specs)
     if found.rest:
         shown = ", ".join(list(found.rest)[:6]) + (", …" if len(found.rest) > 6 else "")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError
+from merge_adapter.methods.patterns import check_lengths
 from merge_adapter.types import Adapter
 
 LORA_KEYS = frozenset(
@@ -72,6 +73,7 @@ def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         notes.append(
             f"Keys of adapter_config.json that this PEFT does not know were dropped: {_list(unknown)}."
         )
+    check_lengths(config)
     if adapter.method == "LORA":
         _check_lora_values(config)
         _check_start(config)
@@ -138,7 +140,7 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
 def _check_pattern(key: str, pattern: object) -> None:
     try:
         re.compile(str(pattern))
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise MalformedError(
             f"adapter_config.json: {key} names the pattern {pattern!r:.200}, which is no regular expression: {error}.",
             hint="Restore the config that PEFT saved with the adapter.",

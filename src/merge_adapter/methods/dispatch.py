@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from merge_adapter.errors import AccountingError, BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
+from merge_adapter.methods.patterns import check_patterns, module_paths
 from merge_adapter.methods.refuse import SOFT_PROMPTS, check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import PEFT_PREFIX, NoNames, general_names, name_map, split_targets
@@ -105,6 +106,7 @@ def _context(
             f"The base's tensors cannot be matched to the adapter: {names.reason}.",
             hint="Name the base the adapter was trained on with --base-model.",
         )
+    check_patterns(adapter.config, module_paths(names, (name.removeprefix(PEFT_PREFIX) for name in tensors)))
     return Context(sources, settings, adapter, adapter.config, tensors, base, names)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
+from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.types import Adapter, Repository, Resolved
 from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
 from merge_adapter.verify.weighted import activate
@@ -317,10 +318,15 @@ def _fit_vocabulary(model: Any, adapters: tuple[AdapterFile, ...]) -> None:
 def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loaded:
     """PEFT's own model over `base`, every adapter active, unmerged. `base` is changed in place.
 
-    Raises MethodError when PEFT refuses the adapter.
+    Raises MethodError when PEFT refuses the adapter, MalformedError for patterns that would never end.
     """
     from peft import PeftModel
 
+    paths = [path for path, _ in base.named_modules()]
+    for file in files:
+        check_patterns(
+            file.adapter.config, paths
+        )  # PEFT matches them on every module, however long that takes
     names = tuple("default" if not at else f"adapter_{at}" for at in range(len(files)))
     missing: list[str] = []
     unexpected: list[str] = []
