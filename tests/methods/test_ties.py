@@ -233,6 +233,34 @@ def test_a_checkpoint_that_holds_two_values_is_not_tied_whatever_its_config_says
     assert torch.equal(merged["shared.weight"], stored["shared.weight"])
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_one_value_between_the_samples_unties(tmp_path: Path, *, apart: bool) -> None:
+    """Two copies of 4 MB that differ in a single element: transformers loads both, so each is its own."""
+    import peft
+    import transformers
+
+    torch.manual_seed(1)
+    base = tmp_path / "base"
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=65536, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"] = stored["shared.weight"].clone()
+    if apart:
+        stored["lm_head.weight"][2100, 3] += 1.0
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    train(load(SEQ2SEQ, base), peft.LoraConfig(r=2, target_modules=["lm_head", "q"]), tmp_path / "adapter")
+    found = sources(base, tmp_path / "adapter")
+    if not apart:
+        with pytest.raises(MethodError, match="ties for good"):
+            make_plan(found, MergeSettings())
+        return
+    plan = make_plan(found, MergeSettings())
+    assert "lm_head.weight" in {name for change in plan.changes for name in change.tensors}
+    assert "shared.weight" not in {name for change in plan.changes for name in change.tensors}
+
+
 def test_a_head_that_nobody_saved_is_refused(tmp_path: Path) -> None:
     """BART's classification head is no module that PEFT saves by itself; untrained or adapted, it was random."""
     import peft

@@ -84,11 +84,17 @@ def loosened_copies(context: Context, members: tuple[str, ...]) -> tuple[Change,
 def check_can_part(context: Context, members: tuple[str, ...]) -> None:
     """Raise MethodError unless a checkpoint of this architecture can hold the members apart."""
     model_type = context.sources.base.config.get("model_type")
-    if model_type in _SCALED_BY_TIE or any(context.names.tied_for_good(name) for name in members):
+    scaled = model_type in _SCALED_BY_TIE
+    if scaled or any(context.names.tied_for_good(name) for name in members):
+        reason = (
+            "its forward pass scales the output only while they are tied, so that untied weights would answer otherwise"
+            if scaled
+            else "its class holds one tensor for both, whatever config.json says"
+        )
         raise MethodError(
-            f"The adapter changes one of {', '.join(members)}, which this model ties for good: no checkpoint of "
-            f"model type {model_type} can hold them apart.",
-            hint="Keep the adapter unmerged.",
+            f"The adapter changes one of {', '.join(members)}, which this model ties for good: {reason}, and no"
+            f" checkpoint of model type {model_type} can hold them apart.",
+            hint="Keep the adapter and load it with PEFT beside its base.",
         )
 
 

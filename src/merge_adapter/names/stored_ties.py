@@ -1,12 +1,13 @@
 """Ties that the checkpoint itself undoes: both parameters on disk, with different values.
 
 transformers ties what the config says is tied, unless the checkpoint holds both tensors and they differ; flan-t5 and
-umt5 are stored so. What is compared here is a sample: two tensors that were trained apart differ everywhere.
+umt5 are stored so. A sample is compared first, since two tensors that were trained apart differ everywhere; where the
+sample is equal, every byte is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from merge_adapter.checkpoint.layout import Layout, WeightFile, find_layout
@@ -15,6 +16,8 @@ from merge_adapter.types import Repository
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64 << 10
+_PIECE = 16 << 20
+"""Bytes that are read at a time where every one counts."""
 
 
 def without_stored_apart(names: ConvertedNames, repository: Repository) -> ConvertedNames:
@@ -48,9 +51,7 @@ def _differ(repository: Repository, layout: Layout, one: str, other: str) -> boo
     if any(file.pickled for file in files):
         return _pickled_differ(repository, layout, one, other)
     starts = [_offset(file, name) for file, name in zip(files, (one, other), strict=True)]
-    step = max(left.nbytes // _SAMPLES, 1)
-    for begin in range(0, left.nbytes, step):
-        length = min(_SAMPLE_BYTES, step, left.nbytes - begin)
+    for begin, length in (*_samples(left.nbytes), *_pieces(left.nbytes)):
         parts = [
             repository.read(file.path, offset=start + begin, length=length)
             for file, start in zip(files, starts, strict=True)
@@ -58,6 +59,19 @@ def _differ(repository: Repository, layout: Layout, one: str, other: str) -> boo
         if parts[0] != parts[1]:
             return True
     return False
+
+
+def _samples(size: int) -> Iterator[tuple[int, int]]:
+    """`(begin, length)` of some bytes of `size`, spread over all of them."""
+    step = max(size // _SAMPLES, 1)
+    for begin in range(0, size, step):
+        yield begin, min(_SAMPLE_BYTES, step, size - begin)
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    """`(begin, length)` of all bytes."""
+    for begin in range(0, size, _PIECE):
+        yield begin, min(_PIECE, size - begin)
 
 
 def _pickled_differ(repository: Repository, layout: Layout, one: str, other: str) -> bool:
