@@ -69,6 +69,20 @@ def beginnings(
     return Beginnings(Batch(ids, mask), tuple(shown for _, shown in rows))
 
 
+def of_one_length(found: Beginnings, count: int) -> Beginnings | None:
+    """Up to `count` prompts that need no padding beside each other, of the length that most have, the longer of two.
+
+    For models with something in front of the input, which padding would part from it. None when no two are alike.
+    """
+    lengths = found.batch.mask.sum(1).tolist()
+    usual = max(set(lengths), key=lambda length: (lengths.count(length), length))
+    rows = [at for at, length in enumerate(lengths) if length == usual][:count]
+    if len(rows) < 2:
+        return None
+    ids = torch.stack([found.batch.ids[at][found.batch.mask[at].bool()] for at in rows])
+    return Beginnings(Batch(ids, torch.ones_like(ids)), tuple(found.shown[at] for at in rows))
+
+
 def first_sentence(text: str) -> str | None:
     """The first whole sentence of `text`; None when it has none, as code and tables do not."""
     match = _SENTENCE.match(text)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.answers import Batch, answer, greedy
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, tokenized
+from merge_adapter.verify.beginnings import Beginnings, beginnings, of_one_length
 from merge_adapter.verify.configs import judge_configs
 from merge_adapter.verify.files import judge_files
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict, warning
@@ -48,7 +49,7 @@ from merge_adapter.verify.loading import (
 )
 from merge_adapter.verify.mutants import judge_mutants
 from merge_adapter.verify.outputs import Arms, judge_outputs
-from merge_adapter.verify.probes import shipped
+from merge_adapter.verify.probes import Probe, shipped
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.soft_rows import judge_rows, measured_scale, prompt_faults
@@ -211,7 +212,8 @@ class SoftPromptGate:
             limit=max(1, positions(base.config) - len(front)),
         )
         self.evidence["probes"] = probes_section(probes, self.settings)
-        arms = self._arms(base, prompt, front, storage, probes)
+        begun = self._begun(texts.shown, tokenizer, probes, base, front)
+        arms = self._arms(base, prompt, front, storage, probes, begun)
         with self.progress.task("Running the merged model on its own", None):
             merged = ask_merged(self._questions(probes, arms, front, storage))
         if merged.error or merged.answers is None:
@@ -241,11 +243,39 @@ class SoftPromptGate:
             },
         }
         if arms.greedy is not None and merged.choices is not None:
-            found, self.evidence["greedy"] = judge_greedy(arms, merged, tokenizer)
+            shown = begun.shown if begun is not None else ()
+            found, self.evidence["greedy"] = judge_greedy(arms, merged, tokenizer, shown=shown)
             self.findings += found
 
+    def _begun(
+        self, texts: Sequence[Probe], tokenizer: Any, probes: Probes, base: Any, front: tuple[int, ...]
+    ) -> Beginnings | None:
+        """What is continued: whole sentences and turns of one length, else the probes' first tokens."""
+        count, length = self.settings.greedy_prompts, self.settings.greedy_tokens
+        if not count or not length:
+            return None
+        found = beginnings(
+            texts,
+            tokenizer,
+            count=len(texts),
+            vocabulary=min(front[0], int(base.get_input_embeddings().weight.shape[0])),
+            limit=positions(base.config) - len(front) - length,
+            encoder=False,
+        )
+        alike = of_one_length(found, count) if found is not None else None
+        if alike is not None:
+            return alike
+        cut = prompts(probes.batch, count)
+        return Beginnings(cut, ()) if cut is not None else None
+
     def _arms(
-        self, base: Any, prompt: Tensor, front: tuple[int, ...], storage: torch.dtype, probes: Probes
+        self,
+        base: Any,
+        prompt: Tensor,
+        front: tuple[int, ...],
+        storage: torch.dtype,
+        probes: Probes,
+        told: Beginnings | None,
     ) -> Arms:
         """R, O and B, on one load of the base."""
         widen(base, self.device)
@@ -257,7 +287,7 @@ class SoftPromptGate:
             )
         reading = Fronted(model, front=(), count=len(front), hidden=front)
         plain = Fronted(base, front=(), count=0, hidden=front)
-        begun = prompts(probes.batch, self.settings.greedy_prompts) if self.settings.greedy_tokens else None
+        begun = told.batch if told is not None else None
         with self.progress.task("Running the reference", None):
             theirs.weight.data = prompt.float().to(self.device)
             reference = self._ask(reading, probes.batch)
@@ -271,8 +301,8 @@ class SoftPromptGate:
                 ((prompt.double() / scale).to(storage).double() * scale).float().to(self.device)
             )
             oracle = self._ask(reading, probes.batch)
-        told = (begun, *written) if begun is not None and written is not None else None
-        return Arms(reference, alone, oracle, None, told, base_written)
+        texts = (begun, *written) if begun is not None and written is not None else None
+        return Arms(reference, alone, oracle, None, texts, base_written)
 
     def _ask(self, model: Fronted, batch: Batch) -> Tensor:
         return torch.cat([answer(model, Kind.CAUSAL, piece, self.device) for piece in batch.parts()])
