@@ -102,7 +102,7 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=2e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
+            found[name], value, rtol=2e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

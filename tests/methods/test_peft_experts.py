@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import gaps
 from safetensors.torch import load_file, save_file
 
 ATTENTION = ["q_proj", "v_proj"]
-
-
-def gaps(merged: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {
-        name: float((value.double() - expected[name].double()).abs().max())
-        for name, value in merged.items()
-        if not torch.equal(value, expected[name])
-    }
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

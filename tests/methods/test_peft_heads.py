@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import gaps
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
@@ -65,7 +66,7 @@ def test_saved_modules_beside_another_method(bench: Callable[..., Any], tmp_path
     made = bench("LOHA", r=4, alpha=8, target_modules="all-linear", modules_to_save=["lm_head"])
     plan, merged, expected = made.plan(), made.merge(tmp_path / "out"), made.expected()
     assert plan.consumed == plan.adapter_tensors
-    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert gaps(merged, expected) == {}
     assert not torch.equal(merged["lm_head.weight"], made.stored()["lm_head.weight"])
 
 
@@ -105,7 +106,7 @@ def test_lora_in_memory(config: dict[str, Any], bench: Callable[..., Any], tmp_p
     merged, expected = made.merge(tmp_path / "out", Strategy.MEMORY), made.expected()
     assert plan.strategy is Strategy.MEMORY
     assert plan.consumed == plan.adapter_tensors
-    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert gaps(merged, expected) == {}
 
 
 def test_kasa_is_initialised_from_each_weight(bench: Callable[..., Any], tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_kasa_is_initialised_from_each_weight(bench: Callable[..., Any], tmp_pat
 
     made = bench("LORA", r=4, target_modules=LINEAR, kasa_config=KasaConfig())
     merged, expected, stored = made.merge(tmp_path / "out"), made.expected(), made.stored()
-    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert gaps(merged, expected) == {}
     assert sum(not torch.equal(merged[name], stored[name]) for name in merged) == 6
 
 
@@ -125,5 +126,5 @@ def test_block_diagonal_lora(bench: Callable[..., Any], tmp_path: Path) -> None:
     )
     made = bench("LORA", r=4, target_modules=LINEAR, use_bdlora=blocks)
     merged, expected, stored = made.merge(tmp_path / "out"), made.expected(), made.stored()
-    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert gaps(merged, expected) == {}
     assert sum(not torch.equal(merged[name], stored[name]) for name in merged) == 6
