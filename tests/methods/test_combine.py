@@ -196,7 +196,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[..., Pat
 
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_combinations_are_those_of_peft(name: str, several: Callable[..., Several], tmp_path: Path) -> None:
-    """Every type gives what PEFT's weighted adapter gives, merged; random pruning of updates draws its own numbers."""
+    """Every type gives what PEFT's weighted adapter gives, merged, random pruning from the same seeds included."""
     made, combination = several(ATTENTION, WIDE), WEIGHTED[name]
     found = made.merge(tmp_path / "out", combination)
     expected = made.expected(combination)
