@@ -96,7 +96,7 @@ def test_every_mergeable_method_has_a_case() -> None:
 
 @pytest.mark.parametrize("label", CASES)
 def test_streaming_equals_peft(label: str, bench: Callable[..., Any], tmp_path: Path) -> None:
-    """PEFT's merge in float32, as near as processors are to each other; no tensor but its own changed, all were consumed."""
+    """PEFT's merge in float32, as near as processors are to each other; only planned tensors changed, all were used."""
     peft_type, config = CASES[label]
     made = bench(peft_type, **config)
     plan = made.plan()
