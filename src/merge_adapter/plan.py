@@ -19,9 +19,10 @@ from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, Te
 from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
+from merge_adapter.methods.starts import changed_base, check_residual, check_start
 from merge_adapter.methods.sums import SumOfModules
 from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
-from merge_adapter.types import CombinationType, MergeSettings, Resolved, Strategy
+from merge_adapter.types import Adapter, CombinationType, MergeSettings, Resolved, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +158,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
     config_changes = dict(files_of_base.config_changes)
     files: list[AdapterFile | CombinedFile] = []
     planned: list[Planned] = []
-    for file, made, about_config in _plan_adapters(sources, settings, base):
+    for file, made, about_config in _plan_adapters(sources, settings, files_of_base):
         files.append(file)
         planned.append(made)
         notes.extend((*file.notes, *about_config, *made.notes))
@@ -200,23 +201,33 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
 
 
 def _plan_adapters(
-    sources: Resolved, settings: MergeSettings, base: Mapping[str, TensorSpec]
+    sources: Resolved, settings: MergeSettings, base: BaseFiles
 ) -> Iterator[tuple[AdapterFile | CombinedFile, Planned, tuple[str, ...]]]:
     """Each adapter's file, what it does, and notes on its config; of combined adapters the one they make together."""
     if sources.combination.type is CombinationType.SEQUENTIAL:
         for adapter in sources.adapters:
-            checked, notes = check_config(adapter)
+            checked, notes = _checked(adapter, sources)
             file = read_adapter(checked)
             if len(sources.adapters) > 1 or adapter.weight != 1:
-                file = without_copies(file, base)
-            yield *_plan_reading(sources, settings, file, base), notes
+                file = without_copies(file, base.specs)
+            read, made = _plan_reading(sources, settings, file, base.specs)
+            if changed_base(checked.config):
+                with base.open() as weights, read.open() as factors:
+                    check_residual(checked, made.changes, weights, factors)
+            yield read, made, notes
         return
-    checks = [check_config(adapter) for adapter in sources.adapters]
-    files = [without_copies(read_adapter(checked), base) for checked, _ in checks]
+    checks = [_checked(adapter, sources) for adapter in sources.adapters]
+    files = [without_copies(read_adapter(checked), base.specs) for checked, _ in checks]
     combined = combine(files, sources.combination)
-    made = plan_adapter(sources, settings, combined.adapter, combined.specs, base)
+    made = plan_adapter(sources, settings, combined.adapter, combined.specs, base.specs)
     account(combined.specs, made.changes)
     yield combined, made, tuple(note for _, notes in checks for note in notes)
+
+
+def _checked(adapter: Adapter, sources: Resolved) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter with a checked config, and notes on it; also on the base that it needs."""
+    checked, notes = check_config(adapter)
+    return checked, (*notes, *check_start(checked, sources.base))
 
 
 def _consumed(file: AdapterFile | CombinedFile, made: Planned) -> int:

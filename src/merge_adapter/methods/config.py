@@ -1,4 +1,4 @@
-"""adapter_config.json, checked before anything is planned: keys, values, and how the adapter began.
+"""adapter_config.json, checked before anything is planned: keys and values.
 
 Configs come from many versions of PEFT and of tools around it. PEFT drops keys it does not know, with a
 warning; here a key that is switched on and unknown is refused by name, for it may change the arithmetic.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from merge_adapter.errors import BaseModelError, MalformedError, MethodError
+from merge_adapter.errors import MalformedError, MethodError
 from merge_adapter.methods.patterns import check_lengths
 from merge_adapter.types import Adapter
 
@@ -40,23 +40,11 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """Keys that steer training, loading or bookkeeping, and never the merged weights."""
 
-_PLAIN_STARTS = frozenset({"true", "false", "gaussian", "orthogonal", "eva", "mica", "none"})
-"""Values of `init_lora_weights` that leave the base as it is."""
-_CHANGED_BASE = {
-    "pissa": "PiSSA, which takes the base's principal components out of its weights",
-    "olora": "OLoRA, which takes a part of the base's QR decomposition out of its weights",
-    "corda": "CorDA, computed from calibration data that no adapter carries",
-    "lora_ga": "LoRA-GA, computed from gradients that no adapter carries",
-    "loftq": "LoftQ, which replaces the base's weights by quantised ones",
-}
-"""Values that change the base: beginning of the value -> what happens. An adapter saved converted says `true`."""
-
 
 def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
     """The adapter with a config that holds known keys only, and notes on what was dropped.
 
-    Raises MethodError for an unknown key that is switched on, MalformedError for values of the wrong kind,
-    BaseModelError for an adapter that fits only a base changed at initialisation.
+    Raises MethodError for an unknown key that is switched on, MalformedError for values of the wrong kind.
     """
     known = LORA_KEYS if adapter.method == "LORA" else _keys_of(adapter.method)
     unknown = {key: value for key, value in adapter.config.items() if key not in known}
@@ -76,7 +64,6 @@ def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
     check_lengths(config)
     if adapter.method == "LORA":
         _check_lora_values(config)
-        _check_start(config)
     return replace(adapter, config=config), tuple(notes)
 
 
@@ -91,24 +78,6 @@ def _keys_of(method: str) -> frozenset[str]:
         return frozenset()
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[method]]
     return frozenset(entry.name for entry in dataclasses.fields(made))
-
-
-def _check_start(config: Mapping[str, Any]) -> None:
-    """Refuse an adapter whose `init_lora_weights` says that it fits a changed base."""
-    start = str(config.get("init_lora_weights", True)).lower()
-    reason = next((why for name, why in _CHANGED_BASE.items() if start.startswith(name)), None)
-    if reason is not None:
-        raise BaseModelError(
-            f"This adapter was initialised by {reason}. It fits the base as it was changed then, not the one named"
-            f" (init_lora_weights={config['init_lora_weights']!r}).",
-            hint="Save it converted (save_pretrained with path_initial_model_for_weight_conversion). Or name the"
-            " changed base with --base-model and set init_lora_weights to true in adapter_config.json.",
-        )
-    if start not in _PLAIN_STARTS:
-        raise MethodError(
-            f"adapter_config.json: init_lora_weights is {config['init_lora_weights']!r}, which is not known.",
-            hint="Update merge-adapter, or set it to true if the base was not changed at initialisation.",
-        )
 
 
 def _check_lora_values(config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
 from merge_adapter.methods.patterns import check_patterns
+from merge_adapter.methods.starts import changed_base, is_named
 from merge_adapter.types import Adapter, Repository, Resolved
 from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
 from merge_adapter.verify.weighted import activate
@@ -335,8 +336,13 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             model: Any = None
             for name, file in zip(names, files, strict=True):
                 folder = adapter_folder(file.adapter.repository)
+                config = _config(folder, file.adapter, sources)
                 if model is None:
-                    model = PeftModel.from_pretrained(base, folder, adapter_name=name, torch_device="cpu")
+                    model = PeftModel.from_pretrained(
+                        base, folder, adapter_name=name, torch_device="cpu", config=config
+                    )
+                elif config is not None:
+                    model.add_adapter(name, config)
                 # loading by name once more returns what from_pretrained keeps to itself: the keys that matched nothing
                 result = model.load_adapter(folder, adapter_name=name, torch_device="cpu")
                 missing += map(str, result.missing_keys)
@@ -356,6 +362,21 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             raise MethodError(f"PEFT cannot put this adapter on its base: {error}", hint=hint) from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
+
+
+def _config(folder: Path, adapter: Adapter, sources: Resolved) -> Any | None:
+    """PEFT's config for an adapter whose start changed the base, when that changed base is the one at hand.
+
+    PEFT would otherwise change it a second time. None for all others, which it reads for itself.
+    """
+    if adapter.method != "LORA" or not changed_base(adapter.config) or is_named(adapter, sources.base):
+        return None
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    config.init_lora_weights = True
+    config.inference_mode = True
+    return config
 
 
 def adapter_folder(repository: Repository) -> Path:
