@@ -26,6 +26,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _BLOCK = 16 * 1024
+_SHORTEST_WAIT = 0.002
+"""Seconds: a shorter sleep takes longer than it says."""
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "proxy-connection"}
 )
@@ -122,14 +124,49 @@ class Seen:
     """What the client was answered; None when the connection was cut."""
 
 
-class FaultProxy:
-    """The proxy, served from threads of this process while the `with` block lasts."""
+class Line:
+    """A line of limited bandwidth that all connections share. Thread-safe."""
 
-    def __init__(self, upstream: str, rules: Sequence[Rule] = (), *, port: int = 0) -> None:
+    def __init__(self, bytes_per_second: float | None) -> None:
+        """None: no limit."""
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+        self.bytes = 0
+        """Passed so far."""
+
+    def carry(self, amount: int) -> None:
+        """Return when `amount` bytes have passed, those of others that came before among them."""
+        with self._lock:
+            self.bytes += amount
+            if self._rate is None:
+                return
+            self._free_at = max(self._free_at, time.monotonic()) + amount / self._rate
+            wait = self._free_at - time.monotonic()
+        if wait > _SHORTEST_WAIT:
+            time.sleep(wait)
+
+
+class FaultProxy:
+    """The proxy, served from threads of this process while the `with` block lasts.
+
+    `download` and `upload` limit the bodies of all answers together, and of all requests, in bytes per second.
+    """
+
+    def __init__(
+        self,
+        upstream: str,
+        rules: Sequence[Rule] = (),
+        *,
+        port: int = 0,
+        download: float | None = None,
+        upload: float | None = None,
+    ) -> None:
         parts = urlsplit(upstream)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"upstream must be http://host:port, got {upstream!r}")
         self.upstream = (parts.hostname, parts.port or 80)
+        self.down, self.up = Line(download), Line(upload)
         self._rules = list(rules)
         self._seen: list[Seen] = []
         self._lock = threading.Lock()
@@ -233,12 +270,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             return self._chunked()
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        left, parts = int(self.headers.get("Content-Length") or 0), []
+        while left and (part := self.rfile.read(min(left, _BLOCK))):
+            self.server.proxy.up.carry(len(part))
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
 
     def _chunked(self) -> bytes:
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             parts.append(self.rfile.read(size))
+            self.server.proxy.up.carry(size)
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
@@ -315,6 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
             if left is None and answer.length == 0:  # the last one
                 self._note(answer.status)
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part)
+            self.server.proxy.down.carry(len(part))
             if isinstance(fault, Throttle):
                 time.sleep(len(part) / fault.bytes_per_second)
             if left is not None:

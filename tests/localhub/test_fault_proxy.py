@@ -18,6 +18,7 @@ from localhub.faults import (
     Delay,
     ExpiredToken,
     FaultProxy,
+    Line,
     LoseAnswer,
     Rule,
     Throttle,
@@ -155,3 +156,25 @@ def test_rules_that_are_none(text):
     """Said at once."""
     with pytest.raises(ValueError, match=r"fault|Expecting"):
         parse_rule(text)
+
+
+def test_a_limited_line_still_carries_everything(hub, repo, tmp_path):
+    """Both ways, through xet; what passed is counted."""
+    content = bytes(range(256)) * 800
+    with FaultProxy(hub.url, download=2e6, upload=2e6) as proxy:
+        api = HfApi(endpoint=proxy.url, token="hf_alice")
+        api.upload_file(path_or_fileobj=content, path_in_repo="l.bin", repo_id=repo)
+        path = api.hf_hub_download(repo, "l.bin", cache_dir=tmp_path)
+        with open(path, "rb") as file:
+            assert file.read() == content
+        assert proxy.up.bytes > 0
+        assert proxy.down.bytes > 0
+
+
+def test_a_line_lets_no_more_through_than_its_rate():
+    """Whoever carries waits for the bytes of those before it."""
+    line = Line(1e6)
+    began = time.monotonic()
+    for _ in range(5):
+        line.carry(20_000)
+    assert time.monotonic() - began >= 0.09
