@@ -16,6 +16,9 @@ from torch import Tensor
 BATCH_TOKENS = 1024
 """Tokens of one forward pass; bounds the memory of the activations and of the logits kept at once."""
 
+BATCH_LOGITS = 1 << 26
+"""Logits of one forward pass, 256 MB: vocabularies are large."""
+
 BATCH_SAMPLES = 1 << 20
 """Pixels or samples of pictures and sounds of one forward pass."""
 
@@ -30,6 +33,10 @@ class Batch:
     """(documents, length) int64, 1 where a token is real."""
     media: Mapping[str, Tensor] = field(default_factory=dict)
     """Pictures, sounds and what describes them: argument of the model -> (documents, k, ...), k entries a document."""
+    cuts: tuple[int, ...] = ()
+    """Documents at which a pass ends whatever its size, ascending: equal documents then go through equal passes."""
+    classes: int = 1
+    """Logits of one position."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -37,15 +44,24 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Documents [start, stop)."""
         media = {name: value[start:stop] for name, value in self.media.items()}
-        return Batch(self.ids[start:stop], self.mask[start:stop], media)
+        cuts = tuple(cut - start for cut in self.cuts if start < cut < stop)
+        return Batch(self.ids[start:stop], self.mask[start:stop], media, cuts, self.classes)
 
     def parts(self) -> Iterator[Batch]:
         """Pieces that are each run in one pass."""
-        step = max(1, BATCH_TOKENS // max(1, int(self.ids.shape[1])))
+        length = max(1, int(self.ids.shape[1]))
         samples = max((value[0].numel() for value in self.media.values()), default=0)
-        step = max(1, min(step, BATCH_SAMPLES // max(1, samples)))
-        for start in range(0, len(self), step):
-            yield self.part(start, start + step)
+        most = (
+            BATCH_TOKENS // length,
+            BATCH_LOGITS // (length * self.classes),
+            BATCH_SAMPLES // max(1, samples),
+        )
+        step = max(1, min(most))
+        start = 0
+        for stop in (*self.cuts, len(self)):
+            for first in range(start, stop, step):
+                yield self.part(first, min(first + step, stop))
+            start = stop
 
     def arguments(self, device: torch.device) -> dict[str, Tensor]:
         """The media as the model takes them, all documents' entries in one dimension."""
@@ -163,15 +179,24 @@ def _pooled(output: Any, mask: Tensor) -> Tensor:
 
 
 def greedy(
-    model: Any, batch: Batch, length: int, device: torch.device, kind: str = "causal-lm"
+    model: Any,
+    batch: Batch,
+    length: int,
+    device: torch.device,
+    kind: str = "causal-lm",
+    begun: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy continuations of prompts: ids (documents, length), and the logit gap of first to second.
+
+    `begun` (documents, any): what the model has said already; the continuation is of that.
 
     Prompts of a decoder are padded on the left, those of an encoder on the right. Plain argmax over a growing cache,
     so that no sampling setting of a generation config plays a part.
     """
+    said = begun if begun is not None else batch.ids[:, :0]
     with torch.no_grad():
-        steps = _answered(model, batch, device) if kind in TAUGHT else _continued(model, batch, device)
+        asked = _answered if kind in TAUGHT else _continued
+        steps = asked(model, batch, said, device)
         chosen: list[Tensor] = []
         gaps: list[Tensor] = []
         logits = next(steps)
@@ -184,9 +209,31 @@ def greedy(
             logits = steps.send(top.indices[:, :1])
 
 
-def _continued(model: Any, batch: Batch, device: torch.device) -> Generator[Tensor, Tensor, None]:
+def continued(
+    model: Any, prompts: Batch, text: Tensor, choices: Tensor, device: torch.device, kind: str = "causal-lm"
+) -> Tensor:
+    """What the model itself writes, (documents, length), given another's `text` and its own `choices` at each place.
+
+    The two are one until they first differ; only from there on is it asked to write.
+    """
+    differs = choices != text
+    rows = differs.any(1).nonzero().flatten()
+    if not len(rows):
+        return text.clone()
+    same = int(differs[rows].int().argmax(1).min())
+    written = text.clone()
+    chosen = Batch(prompts.ids[rows], prompts.mask[rows])
+    rest, _ = greedy(model, chosen, text.shape[1] - same, device, kind, text[rows, :same])
+    written[rows, same:] = rest
+    return written
+
+
+def _continued(
+    model: Any, batch: Batch, said: Tensor, device: torch.device
+) -> Generator[Tensor, Tensor, None]:
     """Logits of a decoder that gets the tokens chosen from them sent back, (documents, 1) each."""
-    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    ids = torch.cat((batch.ids, said), 1).to(device)
+    mask = torch.cat((batch.mask, torch.ones_like(said)), 1).to(device)
     step, past = ids, None
     while True:
         inputs: dict[str, Any] = {"input_ids": step, "attention_mask": mask, "use_cache": True}
@@ -201,10 +248,13 @@ def _continued(model: Any, batch: Batch, device: torch.device) -> Generator[Tens
         step = token if past is not None else ids
 
 
-def _answered(model: Any, batch: Batch, device: torch.device) -> Generator[Tensor, Tensor, None]:
+def _answered(
+    model: Any, batch: Batch, said: Tensor, device: torch.device
+) -> Generator[Tensor, Tensor, None]:
     """The same of a decoder that answers what an encoder has read."""
     mask = batch.mask.to(device)
     step = torch.full((len(batch), 1), start_token(model.config), device=device)
+    step = torch.cat((step, said.to(device)), 1)
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
     past = None
     while True:
@@ -244,54 +294,3 @@ def taught(
         output = model(input_ids=ids, attention_mask=mask, **_places(model, mask, ids.shape[1]))
     start = prompts.ids.shape[1] - 1
     return _logits(output)[:, start:-1].float().argmax(-1).cpu()
-
-
-def distances(kind: str, reference: Tensor, other: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-    """How far `other` answers from `reference`, per document, fp64.
-
-    `mean` (documents,): KL(reference || other) in nats averaged over tokens, for kinds with a vocabulary or
-    token classes; else the squared distance of logits or embeddings. `each`: all single values, flat. `agree`
-    (documents,): part of the positions with the same first choice (for embeddings: cosine similarity).
-    """
-    if kind in LANGUAGE or kind == "token-classifier":
-        return _token_distances(reference, other, mask)
-    left, right = reference.double(), other.double()
-    if kind == "embedding":
-        square = (left - right).square().sum(-1)
-        return {
-            "mean": square,
-            "each": square,
-            "agree": torch.nn.functional.cosine_similarity(left, right, dim=-1),
-        }
-    if kind in CLASSES:
-        square = (left - right).square().mean(-1)
-        return {"mean": square, "each": square, "agree": (left.argmax(-1) == right.argmax(-1)).double()}
-    # question answering, (documents, length, 2): a distribution over positions for the start and one for the end
-    left, right = left.transpose(1, 2), right.transpose(1, 2)
-    hidden = (mask == 0)[:, None, :]
-    left, right = left.masked_fill(hidden, -1e9), right.masked_fill(hidden, -1e9)
-    each = _kl(left, right)
-    return {"mean": each.mean(1), "each": each.flatten(), "agree": _same_choice(left, right).mean(1)}
-
-
-def _token_distances(left: Tensor, right: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-    each = _kl(left, right)  # (documents, length)
-    real = mask.double()
-    count = real.sum(1).clamp(min=1)
-    agree = (_same_choice(left, right) * real).sum(1) / count
-    return {"mean": (each * real).sum(1) / count, "each": each[mask.bool()], "agree": agree}
-
-
-def _kl(left: Tensor, right: Tensor) -> Tensor:
-    """KL(left || right) over the last dimension of logits, fp64, a few positions at a time: vocabularies are large."""
-    rows, columns = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    found = []
-    for start in range(0, rows.shape[0], 64):
-        log_p = rows[start : start + 64].double().log_softmax(-1)
-        log_q = columns[start : start + 64].double().log_softmax(-1)
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
-    return torch.cat(found).reshape(left.shape[:-1])
-
-
-def _same_choice(left: Tensor, right: Tensor) -> Tensor:
-    return (left.argmax(-1) == right.argmax(-1)).double()

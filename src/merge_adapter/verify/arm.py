@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.verify.kept import check_room
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 PAGER = "pager"
 """Socket in the job's folder to ask for weights that are not there yet; absent where all of them are."""
+
+ANSWERS = "answers-"
+"""Before the numbers of the files of answers, one for each pass."""
 
 MEDIA = "media."
 """Before the names of pictures and sounds among the inputs."""
@@ -45,11 +50,12 @@ def main(folder: Path) -> None:
 
 
 def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
-    """The job itself; fills `result` and leaves answers.safetensors."""
+    """The job itself; fills `result` and leaves files of answers, one for each pass."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from merge_adapter.verify.answers import Batch
+    from merge_adapter.verify.products import fast_products
 
     torch.set_num_threads(job["threads"])
     if job["tokenizer"]:
@@ -62,18 +68,22 @@ def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:
     if "ids" not in inputs:
         return
     media = {name.removeprefix(MEDIA): value for name, value in inputs.items() if name.startswith(MEDIA)}
-    batch = Batch(inputs["ids"], inputs["mask"], media)
-    answers = _embeddings(job, batch) if job["sentences"] else _answers(job, batch, inputs, result)
-    save_file(answers, folder / "answers.safetensors")
+    batch = Batch(inputs["ids"], inputs["mask"], media, tuple(job["cuts"]), job["classes"])
+    with fast_products(torch.device(job["device"])):
+        if job["sentences"]:
+            _embed(folder, job, batch)
+        else:
+            _answer(folder, job, batch, inputs, result)
 
 
-def _answers(
-    job: dict[str, Any], batch: Batch, inputs: dict[str, Tensor], result: dict[str, Any]
-) -> dict[str, Tensor]:
+def _answer(
+    folder: Path, job: dict[str, Any], batch: Batch, inputs: dict[str, Tensor], result: dict[str, Any]
+) -> None:
     """What plain transformers makes of the folder."""
     import torch
+    from safetensors.torch import save_file
 
-    from merge_adapter.verify.answers import Batch, answer, greedy, taught
+    from merge_adapter.verify.answers import Batch, answer, continued, taught
     from merge_adapter.verify.fronted import Fronted
     from merge_adapter.verify.lazy import widen
     from merge_adapter.verify.loading import Kind, load_model
@@ -86,18 +96,18 @@ def _answers(
     model, front = loaded.model, job["front"]
     if front:
         model = Fronted(model, front=front, count=len(front), hidden=front)
-    tensors = {"answers": torch.cat([answer(model, kind, piece, device) for piece in batch.parts()])}
+    for at, piece in enumerate(batch.parts()):
+        _leave(folder, at, answer(model, kind, piece, device))
     if "prompts" in inputs:
-        prompts = Batch(inputs["prompts"], inputs["prompts_mask"])
-        tensors["choices"] = taught(model, prompts, inputs["continuation"], device, kind)
-        if not torch.equal(tensors["choices"], inputs["continuation"]):
-            tensors["written"] = greedy(model, prompts, inputs["continuation"].shape[1], device, kind)[0]
+        prompts, text = Batch(inputs["prompts"], inputs["prompts_mask"]), inputs["continuation"]
+        choices = taught(model, prompts, text, device, kind)
+        written = continued(model, prompts, text, choices, device, kind)
+        save_file({"choices": choices, "written": written}, folder / "text.safetensors")
     if front:
         result["front"] = {"mass": model.mass, "chosen": model.chosen}
-    return tensors
 
 
-def _embeddings(job: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
+def _embed(folder: Path, job: dict[str, Any], batch: Batch) -> None:
     """What sentence-transformers makes of the folder, pooling and all."""
     import torch
 
@@ -107,8 +117,16 @@ def _embeddings(job: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
     device = torch.device(job["device"])
     model = load_whole(Path(job["merged"]), dtype=getattr(torch, job["dtype"]), trust=job["trust"])
     widen(model, device)
-    pieces = [embed_whole(model, piece.ids, piece.mask, device) for piece in batch.parts()]
-    return {"answers": torch.cat(pieces)}
+    for at, piece in enumerate(batch.parts()):
+        _leave(folder, at, embed_whole(model, piece.ids, piece.mask, device))
+
+
+def _leave(folder: Path, at: int, answers: Tensor) -> None:
+    """Write the answers of one pass where the verifying process finds them."""
+    from safetensors.torch import save_file
+
+    check_room(folder, answers.nbytes)
+    save_file({"answers": answers.contiguous()}, folder / f"{ANSWERS}{at:06}.safetensors")
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def positions(config: Any) -> int:
     return 2048
 
 
-def prompts(batch: Batch, count: int) -> Batch | None:
+def prompts(batch: Batch, count: int, *, longest: int = PROMPT) -> Batch | None:
     """The beginnings of the first documents that are long enough, all of one length, unpadded."""
-    length = min(PROMPT, int(batch.ids.shape[1]))
+    length = min(PROMPT, longest, int(batch.ids.shape[1]))
     whole = [at for at in range(len(batch)) if int(batch.mask[at, :length].sum()) == length][:count]
     return Batch(batch.ids[whole, :length], batch.mask[whole, :length]) if whole else None

@@ -31,6 +31,8 @@ class Beginnings:
 
     batch: Batch
     shown: tuple[str, ...]
+    length: int = 0
+    """Of the continuations, in tokens."""
 
 
 def beginnings(

@@ -38,6 +38,7 @@ from merge_adapter.verify.loading import (
     stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
+from merge_adapter.verify.placed import known_oracle
 from merge_adapter.verify.processors import judge_processors
 from merge_adapter.verify.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.quantized import dequantized_folder, stated
@@ -120,6 +121,7 @@ class Gate:
         self._note_time("weights", started)
         self._layers(expected, merged.model, weights)
         embeddings = vocabulary(merged.model)
+        known = known_oracle(weights, named_tensors(merged.model))
         del merged
         started = time.monotonic()
         outcomes = self._mutants(expected, storage)
@@ -139,6 +141,7 @@ class Gate:
                 dtype,
                 storage,
                 embeddings,
+                known,
             ),
             self.settings,
             self.progress,

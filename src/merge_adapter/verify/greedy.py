@@ -7,38 +7,48 @@ from typing import Any
 
 from merge_adapter.verify.findings import Finding, warning
 from merge_adapter.verify.outputs import Arms
+from merge_adapter.verify.reading import Written
 from merge_adapter.verify.separate import Merged
 
 
 def judge_greedy(
     arms: Arms, merged: Merged, tokenizer: Any, *, shown: Sequence[str] = ()
 ) -> tuple[list[Finding], dict[str, Any]]:
+    """`judge_written` of arms whose answers are in memory."""
+    assert arms.greedy is not None
+    prompts, text, gaps = arms.greedy
+    base = arms.base_written if arms.base_written is not None else text
+    written = Written(prompts, text, gaps, base)
+    return judge_written(written, arms.largest_change, merged, tokenizer, shown=shown)
+
+
+def judge_written(
+    reference: Written, largest_change: float, merged: Merged, tokenizer: Any, *, shown: Sequence[str] = ()
+) -> tuple[list[Finding], dict[str, Any]]:
     """The rows for the report, and a finding for each divergence that rounding does not explain.
 
     `shown` are the prompts as a person reads them; without them the ids are decoded.
 
     Where the merged model chooses another token, the reference's logits of its first and second choice are compared
-    with the largest change of any logit that the once-rounded oracle showed on the probes: a smaller gap is a
+    with the `largest_change` of any logit that the once-rounded oracle showed on the probes: less than twice that is a
     coin's toss.
     """
-    assert arms.greedy is not None and merged.choices is not None
-    prompts, continuation, gaps = arms.greedy
-    pairs = zip(arms.oracle, arms.reference, strict=True)
-    noise = 2 * max(float((oracle - reference).abs().max()) for oracle, reference in pairs)
+    assert merged.choices is not None
+    continuation, noise = reference.text, 2 * largest_change
     written = merged.written if merged.written is not None else continuation
     rows: list[dict[str, Any]] = []
     findings: list[Finding] = []
-    for at in range(len(prompts)):
+    for at in range(len(reference.prompts)):
         differs = (merged.choices[at] != continuation[at]).nonzero().flatten().tolist()
         row: dict[str, Any] = {
-            "prompt": shown[at] if shown else _text(tokenizer, prompts.ids[at]),
+            "prompt": shown[at] if shown else _text(tokenizer, reference.prompts.ids[at]),
             "reference": _text(tokenizer, continuation[at]),
             "merged": _text(tokenizer, written[at]),
-            "base": _text(tokenizer, arms.base_written[at]) if arms.base_written is not None else None,
+            "base": _text(tokenizer, reference.base[at]),
             "equal_tokens": differs[0] if differs else int(continuation.shape[1]),
         }
         if differs:
-            gap = float(gaps[at, differs[0]])
+            gap = float(reference.gaps[at, differs[0]])
             row |= {"gap": float(f"{gap:.4g}"), "noise": float(f"{noise:.4g}"), "explained": gap <= noise}
             if gap > noise:
                 text = (

@@ -5,35 +5,46 @@ The merged model answers in a process of its own; everything it is asked, it is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from merge_adapter.errors import MalformedError
 from merge_adapter.types import Progress, Resolved
-from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.answers import LANGUAGE, Batch
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
 from merge_adapter.verify.beginnings import Beginnings, beginnings
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
-from merge_adapter.verify.greedy import judge_greedy
+from merge_adapter.verify.greedy import judge_written
 from merge_adapter.verify.loading import AdapterFile, Kind, inner, load_base
 from merge_adapter.verify.mutants import Outcome
-from merge_adapter.verify.outputs import Arms, judge_outputs, run_mutant_arms, run_reference_arms
+from merge_adapter.verify.outputs import judge_outputs
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
+from merge_adapter.verify.placed import Known
 from merge_adapter.verify.probes import Probe
-from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies, likelihood
+from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies
+from merge_adapter.verify.reading import Reading, Written
+from merge_adapter.verify.reference import ReferenceArms, Setting
+from merge_adapter.verify.rounds import first_round, rounds
 from merge_adapter.verify.sentences import Tail, installed, source_of, tail_of
 from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.tokens import judge_tokenizer, load_tokenizer, survey, tokenizer_folder
 
-SETTLED_DOCUMENTS = 4
-"""Documents the merged arm reads when its weights are the oracle's already: only loading remains to be seen."""
+
+@dataclass(frozen=True)
+class Heard:
+    """What the arms of this process answered and wrote."""
+
+    reading: Reading
+    written: Written | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class Subject:
     """In which the merged weights are stored."""
     embeddings: int | None
     """Rows of the merged model's input embeddings."""
+    known: Mapping[str, Known] = field(default_factory=dict)
+    """The once-rounded oracle of the tensors that the weights part has found it for."""
 
 
 class Interview:
@@ -83,15 +96,20 @@ class Interview:
             probes = self._probes(texts, tokenizer) if self.settings.outputs else None
             tail = self._tail()
             begun = self._begun(chosen.shown, tokenizer, probes) if probes is not None else None
-            arms = self._arms(probes, tail, begun) if probes is not None else None
-            questions = self._questions(texts, source, probes, arms, tail)
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="merge-adapter-answers-")))
+            heard = self._heard(probes, tail, begun, place) if probes is not None else None
+            questions = self._questions(texts, source, probes, heard, tail)
             with self.progress.task("Running the merged model on its own", None):
                 merged = ask_merged(questions)
             self._tokenizer(questions, merged, source)
-            self._outputs(probes, arms, merged)
-            if arms is not None and arms.greedy is not None and merged.choices is not None:
-                found, self.evidence["greedy"] = judge_greedy(
-                    arms, merged, tokenizer, shown=begun.shown if begun is not None else ()
+            self._outputs(probes, heard, merged)
+            if heard is not None and heard.written is not None and merged.choices is not None:
+                found, self.evidence["greedy"] = judge_written(
+                    heard.written,
+                    heard.reading.largest_change,
+                    merged,
+                    tokenizer,
+                    shown=begun.shown if begun is not None else (),
                 )
                 self.findings += found
 
@@ -150,7 +168,9 @@ class Interview:
     def _begun(self, texts: tuple[Probe, ...], tokenizer: Any, probes: Probes) -> Beginnings | None:
         """What is continued greedily, by the kinds that write text from text."""
         kind, count = self.subject.kind, self.settings.greedy_prompts
-        rows, length = vocabulary(self.subject.adapted), self.settings.greedy_tokens
+        rows, places = vocabulary(self.subject.adapted), positions(self.subject.adapted.config)
+        # prompt and continuation share the model's positions, of which there may be few
+        length = min(self.settings.greedy_tokens, places // 2)
         if kind not in (Kind.CAUSAL, Kind.SEQ2SEQ) or rows is None or not count or not length:
             if kind in (Kind.VISION_TEXT, Kind.SPEECH):
                 self.findings.append(note("greedy", "", f"greedy text of a {kind} model was not compared"))
@@ -162,13 +182,13 @@ class Interview:
                 tokenizer,
                 count=count,
                 vocabulary=rows,
-                limit=positions(self.subject.adapted.config) - length,
+                limit=places - length,
                 encoder=kind is Kind.SEQ2SEQ,
             )
         if found is None:
-            cut = prompts(probes.batch, count)
+            cut = prompts(probes.batch, count, longest=places - length)
             found = Beginnings(cut, ()) if cut is not None else None
-        return found
+        return replace(found, length=length) if found is not None else None
 
     def _tail(self) -> Tail | None:
         """How embeddings are pooled; None for mean pooling, and for other kinds of model."""
@@ -185,10 +205,12 @@ class Interview:
             self.findings.append(warning("outputs", "", f"{error.message}; embeddings were mean-pooled"))
             return None
 
-    def _arms(self, probes: Probes, tail: Tail | None, begun: Beginnings | None) -> Arms | None:
+    def _heard(
+        self, probes: Probes, tail: Tail | None, begun: Beginnings | None, place: Path
+    ) -> Heard | None:
         """The arms of this process; None, and the answer left open, where base + adapter itself cannot be run."""
         try:
-            return self._run_arms(probes, tail, begun)
+            return self._listen(probes, tail, begun, place)
         except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
             text = (
                 f"outputs were not compared: base + adapter, a {self.subject.kind} model, cannot be run on "
@@ -197,7 +219,7 @@ class Interview:
             self.findings.append(undecided("outputs", "", text))
             return None
 
-    def _run_arms(self, probes: Probes, tail: Tail | None, begun: Beginnings | None) -> Arms:
+    def _listen(self, probes: Probes, tail: Tail | None, begun: Beginnings | None, place: Path) -> Heard:
         subject, settings = self.subject, self.settings
         plain = load_base(
             subject.base_folder,
@@ -206,57 +228,66 @@ class Interview:
             dtype=subject.loaded_dtype,
             trust_remote_code=self._trust,
         )
-        arms = run_reference_arms(
-            subject.adapted,
-            plain.model,
-            subject.expected,
+        setting = Setting(
             subject.kind,
-            probes.batch,
-            storage=subject.storage,
-            device=torch.device(self.device),
-            with_ceiling=not subject.settled,
-            prompts=begun.batch if begun is not None else None,
-            greedy_tokens=settings.greedy_tokens,
-            seed=settings.seed,
-            progress=self.progress,
-            tail=tail,
+            subject.storage,
+            torch.device(self.device),
+            settings.confidence,
+            settings.seed,
+            place,
+            tail,
         )
-        if settings.full_mutants and subject.outcomes:
-            outcomes = run_mutant_arms(
-                plain.model,
-                subject.expected,
-                subject.outcomes,
-                arms,
-                subject.kind,
-                probes.batch,
-                storage=subject.storage,
-                device=torch.device(self.device),
-                confidence=settings.confidence,
-                seed=settings.seed,
-                progress=self.progress,
-                tail=tail,
-            )
+        arms = ReferenceArms(subject.adapted, plain.model, subject.expected, subject.known, setting)
+        faults = settings.full_mutants and bool(subject.outcomes)
+        count = len(probes.batch)
+        # a number asked for is a number read; and M reads all documents where its weights leave something open
+        whole = settings.probe_tokens is not None or faults or not subject.settled
+        reading = arms.read(
+            self._divided(probes.batch),
+            (count,) if whole else rounds(count, settings.confidence),
+            kept=count if faults else self._told(count),
+            with_ceiling=not subject.settled,
+            progress=self.progress,
+        )
+        written = None
+        if begun is not None:
+            written = arms.write(begun.batch, begun.length, self.progress)
+        if faults:
+            outcomes = arms.inject(reading, subject.outcomes, self.progress)
             self.evidence["mutants"] = [outcome.as_json() for outcome in outcomes]
-        return arms
+        return Heard(reading, written)
+
+    def _told(self, documents: int) -> int:
+        """How many of them the merged model reads: those of the first round where only loading remains to be seen."""
+        if not self.subject.settled:
+            return documents
+        return min(documents, first_round(self.settings.confidence))
+
+    def _divided(self, batch: Batch) -> Batch:
+        """The same documents, in passes that the merged model's can equal."""
+        cuts = (self._told(len(batch)),) if self._told(len(batch)) < len(batch) else ()
+        rows = vocabulary(self.subject.adapted) if self.subject.kind in LANGUAGE else None
+        return replace(batch, cuts=cuts, classes=rows or 1)
 
     def _questions(
         self,
         texts: tuple[Probe, ...],
         source: Path | None,
         probes: Probes | None,
-        arms: Arms | None,
+        heard: Heard | None,
         tail: Tail | None,
     ) -> Questions:
         batch: Batch | None = None
-        if probes is not None and arms is not None:
-            batch = probes.batch.part(0, SETTLED_DOCUMENTS) if self.subject.settled else probes.batch
+        written = heard.written if heard is not None else None
+        if probes is not None and heard is not None:
+            batch = self._divided(probes.batch).part(0, self._told(len(probes.batch)))
         return Questions(
             folder=self.subject.merged,
             kind=self.subject.kind,
             dtype=self.subject.storage,
             device=self.device,
             batch=batch,
-            greedy=arms.greedy[:2] if arms is not None and arms.greedy is not None else None,
+            greedy=(written.prompts, written.text) if written is not None else None,
             sentences=tail is not None,
             texts=tuple(probe.plain() for probe in texts),
             conversations=tuple([dict(turn) for turn in probe.messages] for probe in texts if probe.messages),
@@ -286,26 +317,27 @@ class Interview:
             "findings": [str(finding) for finding in found],
         }
 
-    def _likelihood(self, arms: Arms, probes: Probes) -> None:
+    def _likelihood(self, reading: Reading) -> None:
         """How well base + adapter and base alone predict the probes: a sign of a foreign base."""
-        ids, mask = probes.batch.ids, probes.batch.mask
-        reference, base = likelihood(arms.reference, ids, mask), likelihood(arms.base, ids, mask)
+        if reading.nats is None:
+            return
+        adapted, base = reading.nats
         self.evidence["outputs"]["nats_per_token"] = {
-            "adapted": float(f"{reference:.4g}"),
+            "adapted": float(f"{adapted:.4g}"),
             "base": float(f"{base:.4g}"),
         }
-        self.findings += judge_likelihood(reference, base, int(arms.reference.shape[-1]))
+        self.findings += judge_likelihood(adapted, base, reading.reference.shape[-1])
 
-    def _outputs(self, probes: Probes | None, arms: Arms | None, merged: Merged) -> None:
+    def _outputs(self, probes: Probes | None, heard: Heard | None, merged: Merged) -> None:
         if merged.error:
             text = f"the merged model could not be run on its own: {merged.error}"
             self.findings.append(fault("outputs", "", text))
             self.evidence["outputs"] = {"verdict": "fail"}
         elif not self.settings.outputs:
             self.findings.append(undecided("outputs", "", "the outputs were not compared, as asked"))
-        elif arms is not None and probes is not None and merged.answers is not None:
+        elif heard is not None and probes is not None and merged.answers is not None:
             part = judge_outputs(
-                arms,
+                heard.reading,
                 merged.answers,
                 self.subject.kind,
                 probes.batch,
@@ -317,4 +349,4 @@ class Interview:
             self.findings += part.findings
             self.evidence["outputs"] = {"verdict": str(verdict(part.findings)), **part.evidence}
             if self.subject.kind is Kind.CAUSAL and probes.source == "text":
-                self._likelihood(arms, probes)
+                self._likelihood(heard.reading)

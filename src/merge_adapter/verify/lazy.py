@@ -40,6 +40,8 @@ class LazyFloat(Tensor):
     _content: Content
     _stored: Tensor | None
     _fill: Fill | None
+    _mapped: Tensor | None
+    """What is read when the content is made, and can be let go after."""
 
     @staticmethod
     def __new__(
@@ -49,6 +51,7 @@ class LazyFloat(Tensor):
         device: torch.device,
         stored: Tensor | None = None,
         fill: Fill | None = None,
+        mapped: Tensor | None = None,
     ) -> LazyFloat:
         made: LazyFloat = Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.float32, device=device, requires_grad=False
@@ -56,6 +59,7 @@ class LazyFloat(Tensor):
         made._content = content
         made._stored = stored
         made._fill = fill
+        made._mapped = stored if mapped is None else mapped
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -90,7 +94,7 @@ class LazyFloat(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default and isinstance(args[0], LazyFloat):
             lazy = args[0]
-            return LazyFloat(lazy._content, lazy.shape, lazy.device, lazy._stored, lazy._fill)
+            return LazyFloat(lazy._content, lazy.shape, lazy.device, lazy._stored, lazy._fill, lazy._mapped)
         return func(*tree_map(_real, args), **tree_map(_real, dict(kwargs or {})))
 
 
@@ -120,8 +124,8 @@ def _linear(vectors: Tensor, weight: LazyFloat, bias: Tensor | None = None) -> T
             found = made.new_empty((*made.shape[:-1], rows))
         found[..., start:stop] = made
     assert found is not None
-    if weight._stored is not None and vectors.numel() >= MANY * width:
-        release(weight._stored)
+    if weight._mapped is not None and vectors.numel() >= MANY * width:
+        release(weight._mapped)
     return found
 
 
@@ -156,8 +160,11 @@ def _lazy_paged(stored: Tensor, device: torch.device) -> Tensor:
     )
 
 
-def lazy_content(shape: torch.Size, device: torch.device, fill: Fill) -> Tensor:
-    """An fp32 tensor of `shape` whose rows, the tensor seen as a matrix, `fill` makes each time they are read."""
+def lazy_content(shape: torch.Size, device: torch.device, fill: Fill, mapped: Tensor | None = None) -> Tensor:
+    """An fp32 tensor of `shape` whose rows, the tensor seen as a matrix, `fill` makes each time they are read.
+
+    `mapped` is what `fill` reads them from.
+    """
 
     def content() -> Tensor:
         made = torch.empty(shape, dtype=torch.float32)
@@ -167,7 +174,7 @@ def lazy_content(shape: torch.Size, device: torch.device, fill: Fill) -> Tensor:
             fill(start, min(start + step, rows.shape[0]), rows[start : start + step])
         return made.to(device)
 
-    return LazyFloat(content, shape, device, fill=fill if len(shape) == 2 else None)
+    return LazyFloat(content, shape, device, fill=fill if len(shape) == 2 else None, mapped=mapped)
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

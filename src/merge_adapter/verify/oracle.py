@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.mapped import need
-from merge_adapter.verify.rounding import UNIT32, half_ulp, unit
+from merge_adapter.verify.rounding import UNIT32, half_ulp, near_half_ulp, unit
 from merge_adapter.verify.scratch import Scratch
 
 
@@ -97,6 +97,12 @@ class Update(ABC):
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The named allowance: what more a merge may err that casts the update to 16 bit before it adds."""
 
+    def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those rows before rounding, and how far each element of a merge in `dtype` may lie from them."""
+        target = self.target_rows(start, stop, torch.float64)
+        error = self.product_error(start, stop) + self.cast_error(start, stop, dtype)
+        return target, half_ulp(target, dtype) + error
+
     @abstractmethod
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         """The elements at (rows, columns) of the matrix; the figures that the blocks give there."""
@@ -136,6 +142,19 @@ class LowRank(Update):
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         delta = self.left[start:stop].double() @ self.right.double()
         return self._cast_error(self._mass(start, stop), delta, dtype)
+
+    def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # what is permitted need not be known to more digits than fp32 has
+        left, right = self._narrow
+        delta = left[start:stop] @ right
+        mass = left[start:stop].abs() @ self._narrow_right_size
+        if dtype in (torch.bfloat16, torch.float16):
+            target = self.base_rows(start, stop, torch.float32).add_(delta)
+        else:
+            target = LowRank.target_rows(self, start, stop, torch.float64)
+        tolerance = near_half_ulp(target.float(), dtype).add_(near_half_ulp(delta, dtype), alpha=2)
+        steps = (right.shape[0] + 2) * UNIT32 + 2 * unit(dtype)
+        return target, tolerance.add_(mass, alpha=steps).add_(target.float().abs(), alpha=UNIT32)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
@@ -179,6 +198,10 @@ class LowRank(Update):
         return self.left.float(), self.right.float()
 
     @cached_property
+    def _narrow_right_size(self) -> Tensor:
+        return self._narrow[1].abs()
+
+    @cached_property
     def _norms(self) -> tuple[Tensor, float]:
         """The norm of each row of `left`, and the largest norm of a column of `right`."""
         return self.left.double().norm(dim=1), float(self.right.double().norm(dim=0).max())
@@ -220,6 +243,9 @@ class Dora(LowRank):
         # the sum, the norm, the quotient and the product, each rounded to 16 bit
         target = self.target_rows(start, stop, torch.float64)
         return 4 * half_ulp(target, dtype) + super().cast_error(start, stop, dtype)
+
+    def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return Update.loose_rows(self, start, stop, dtype)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)

@@ -30,6 +30,13 @@ def half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64), exponent - bits)
 
 
+def near_half_ulp(near: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for fp32 values, in fp32 and fast: the power of two below each is its exponent's bits alone."""
+    bits, smallest = _PRECISION[dtype]
+    powers = (near.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return powers.clamp_(min=2.0**smallest).mul_(2.0**-bits)
+
+
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Each element rounded once to `dtype`; from fp64 through a conversion that rounds to odd first.
 

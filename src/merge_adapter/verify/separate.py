@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
-from merge_adapter.verify.arm import MEDIA, PAGER
+from merge_adapter.verify.arm import ANSWERS, MEDIA, PAGER
+from merge_adapter.verify.kept import Answers
 from merge_adapter.verify.mapped import served
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
@@ -29,11 +30,11 @@ class Merged:
 
     error: str = ""
     """Why it could not be loaded or run; "" when it could."""
-    answers: Tensor | None = None
+    answers: Answers | None = None
     choices: Tensor | None = None
     """Its own next token at each place of the reference's greedy text."""
     written: Tensor | None = None
-    """Its own greedy text, where that differs."""
+    """Its own greedy text."""
     missing: tuple[str, ...] = ()
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     front: Mapping[str, Any] = field(default_factory=dict)
@@ -82,15 +83,16 @@ def ask_merged(questions: Questions) -> Merged:
         if failed:
             return Merged(error=failed)
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
-        answers: dict[str, Tensor] = {}
-        if (work / "answers.safetensors").exists():
-            # read, not mapped: the folder goes away
-            answers = {key: value.clone() for key, value in load_file(work / "answers.safetensors").items()}
+        # mapped: files whose folder goes away are there for as long as they are
+        pieces = tuple(load_file(path)["answers"] for path in sorted(work.glob(f"{ANSWERS}*")))
+        text = {}
+        if (work / "text.safetensors").exists():
+            text = {key: value.clone() for key, value in load_file(work / "text.safetensors").items()}
     return Merged(
         error=result.get("error", ""),
-        answers=answers.get("answers"),
-        choices=answers.get("choices"),
-        written=answers.get("written"),
+        answers=Answers(pieces) if pieces else None,
+        choices=text.get("choices"),
+        written=text.get("written"),
         missing=tuple(result.get("missing", ())),
         tokenizer=result.get("tokenizer", {}),
         front=result.get("front", {}),
@@ -118,6 +120,8 @@ def _job(questions: Questions) -> dict[str, Any]:
         "kind": str(questions.kind),
         "dtype": str(questions.dtype).removeprefix("torch."),
         "device": questions.device,
+        "cuts": list(questions.batch.cuts) if questions.batch is not None else [],
+        "classes": questions.batch.classes if questions.batch is not None else 1,
         "threads": torch.get_num_threads(),
         "texts": list(questions.texts),
         "conversations": list(questions.conversations),

@@ -11,7 +11,7 @@ are judged one by one in fp64, so that counts and verdicts are those of fp64 thr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -30,6 +30,10 @@ POINTS = 1 << 12
 """Elements judged one by one at a time: each takes a row and a column of the factors."""
 
 
+MOST_TIES = 1 << 12
+"""Elements that differ from the once-rounded oracle above which a tensor's are counted and not kept."""
+
+
 class Agreement(StrEnum):
     """How a tensor relates to what it must be, best first."""
 
@@ -40,6 +44,16 @@ class Agreement(StrEnum):
     CAST_FIRST = "update cast first"
     """Within the named allowance for an update rounded to 16 bit before it was added."""
     WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Where a tensor is not the once-rounded oracle, and what that is there."""
+
+    positions: Tensor
+    """(n,) int64, ascending, in the flat tensor."""
+    values: Tensor
+    """(n,) in the stored dtype."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,8 @@ class TensorEvidence:
     finite: bool = True
     oracle: str = ""
     diagnosis: str = ""
+    ties: Ties | None = None
+    """None where there are none, or too many to keep."""
 
     @property
     def share_differing(self) -> float:
@@ -96,6 +112,7 @@ class _Sums:
     wrong: int = 0
     cast_first: int = 0
     differing: int = 0
+    ties: list[Ties] = field(default_factory=list)
     worst: float = 0.0
     finite: bool = True
     ww: float = 0.0
@@ -110,6 +127,12 @@ class _Sums:
         self.dd += products.dd
         self.ed += products.ed
         self.ee += products.ee
+
+    def keep(self, positions: Tensor, merged: Tensor, once: Tensor) -> None:
+        """Remember where, of elements counted just now, the two differ."""
+        if self.differing <= MOST_TIES:
+            differs = merged != once
+            self.ties.append(Ties(positions[differs], once[differs]))
 
 
 def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
@@ -178,6 +201,11 @@ def _evidence(name: str, kind: str, merged: Tensor, sums: _Sums, form: str) -> T
         agreement = Agreement.CAST_FIRST
     elif sums.differing:
         agreement = Agreement.ROUNDED
+    ties = None
+    if 0 < sums.differing <= MOST_TIES:
+        positions = torch.cat([some.positions for some in sums.ties])
+        order = positions.argsort()
+        ties = Ties(positions[order], torch.cat([some.values for some in sums.ties])[order])
     return TensorEvidence(
         name,
         kind,
@@ -196,6 +224,7 @@ def _evidence(name: str, kind: str, merged: Tensor, sums: _Sums, form: str) -> T
         stray=math.sqrt(stray / change) if change > 0 else 0.0,
         finite=sums.finite,
         oracle=form,
+        ties=ties,
     )
 
 
@@ -211,6 +240,8 @@ def _judge_block(sums: _Sums, merged: Tensor, update: Update, start: int, stop: 
         return
     tolerance = half_ulp(target, merged.dtype) + update.product_error(start, stop)
     beyond = _count_errors(sums, merged, once, target, tolerance, delta)
+    width = merged.shape[1]
+    sums.keep(torch.arange(start * width, stop * width), merged.flatten(), once.flatten())
     if bool(beyond.any()):
         _count_beyond(sums, beyond, error, tolerance + update.cast_error(start, stop, merged.dtype))
 
@@ -225,6 +256,7 @@ def _judge_points(sums: _Sums, merged: Tensor, update: Update, positions: Tensor
         once = rounded(points.target, merged.dtype)
         tolerance = half_ulp(points.target, merged.dtype) + points.product_error
         beyond = _count_errors(sums, held, once, points.target, tolerance, points.target - points.base)
+        sums.keep(chosen, held, once)
         if bool(beyond.any()):
             _count_beyond(sums, beyond, held.double() - points.target, tolerance + points.cast_error)
 
