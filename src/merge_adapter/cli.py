@@ -207,12 +207,14 @@ def run_(
     combine: CombineOptions,
     how: MergeOptions,
     device: opt.DeviceOption = "auto",
+    disk_budget: opt.DiskBudget = None,
     no_verify: opt.NoVerify = False,
     gate: GateOptions,
     show: OutputOptions,
 ) -> None:
     """Resolve, merge, verify and publish. The same sources and settings are published once."""
     from merge_adapter import pipeline
+    from merge_adapter.sizes import parse_bytes
 
     outcome = pipeline.run(
         _request([adapter, *(adapters or ())], base, combine, how, None if no_verify else gate, device),
@@ -220,6 +222,7 @@ def run_(
         hub=_hub(),
         progress=_progress(show),
         output=output,
+        disk_budget=parse_bytes(disk_budget, what="--disk-budget") if disk_budget is not None else None,
     )
     _show_outcome(outcome, show)
 

@@ -62,7 +62,7 @@ def merge(
             run_jobs(work.queues(), threads=threads or _cores(), stop=work.stop)
             files = work.files()
             if plan.index is not None:
-                files += (_write_index(plan, destination),)
+                files += (write_index(plan, destination),)
         except BaseException:
             work.abandon()
             raise
@@ -78,7 +78,8 @@ def merge(
         )
 
 
-def _write_index(plan: MergePlan, destination: Path) -> OutputFile:
+def write_index(plan: MergePlan, destination: Path) -> OutputFile:
+    """Write the index of all weight files of `plan`, which must have one, into `destination`."""
     assert plan.index is not None
     text = index_text(plan.outputs, plan.index_metadata)
     path = destination / plan.index

@@ -280,6 +280,16 @@ AllowBase = Annotated[
         rich_help_panel=_PUBLISH,
     ),
 ]
+DiskBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-budget",
+        metavar="SIZE",
+        help="Use no more disk than this, such as 6GB: shards pass through one after another.",
+        rich_help_panel=_MERGE,
+        show_default=False,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON document on stdout, the rest on stderr.", rich_help_panel=_OUTPUT),

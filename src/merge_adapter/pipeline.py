@@ -5,9 +5,7 @@ One function per thing a person can ask for. Each returns what happened; none pr
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.domain import with_domain
-from merge_adapter.errors import StorageError
+from merge_adapter.errors import InputError, StorageError
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
+from merge_adapter.reports import Work, write_reports
 from merge_adapter.resolve import SourceRequest, open_reference, resolve
+from merge_adapter.staging.needs import exceeds
 from merge_adapter.types import (
-    MergeResult,
     MergeSettings,
-    OutputFile,
     Progress,
     Publication,
     PublishTo,
@@ -38,10 +36,7 @@ from merge_adapter.workspace import check_destination, check_space, deliver, par
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
-    from merge_adapter.package import Packaged
     from merge_adapter.publish import PublishSettings
-
-REPORT_PAGE = "merge_report.html"
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run did. `merged` is None when the Hub already had the result."""
+    """What a run did. `merged` is None when the Hub already had the result, or shards only passed through."""
 
     report: Mapping[str, Any]
     """merge_report.json with the section `publication` where something was published."""
@@ -85,6 +80,8 @@ class RunOutcome:
     reasons: tuple[str, ...]
     publication: Publication | None
     merged: Merged | None
+    stages: Mapping[str, float] | None = None
+    """Within a disk budget: how many seconds each stage was at work, and all of them side by side (`total`)."""
 
 
 def plan_merge(request: MergeRequest, *, hub: Hub) -> tuple[Resolved, MergePlan]:
@@ -130,9 +127,11 @@ def run(
     hub: Hub,
     progress: Progress,
     output: Path | None = None,
+    disk_budget: int | None = None,
 ) -> RunOutcome:
     """Resolve, merge, verify and publish; with `output`, keep the merged folder there.
 
+    With `disk_budget`, in bytes, shards pass through one after another where base and merged model need more than that.
     Sources and settings already published are not merged again: the outcome says "unchanged".
     """
     from merge_adapter.publish import find_published, prepare, publish
@@ -146,6 +145,16 @@ def run(
         if published is not None and output is None:
             return _unchanged(published.report, published.publication)
     plan = make_plan(sources, request.settings)
+    if disk_budget is not None and exceeds(disk_budget, sources, plan, request.settings):
+        if output is not None:
+            raise InputError(
+                f"the merged model cannot be kept in {output} within a disk budget of {disk_budget:,} bytes",
+                hint="Leave out one of --output and --disk-budget.",
+            )
+        from merge_adapter.staging.run import run_within
+
+        request = _asking(request, sources, hub, progress)
+        return run_within(disk_budget, sources, plan, request, publishing, hub=hub, progress=progress)
     with ExitStack() as stack:
         if output is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-"))
@@ -243,8 +252,8 @@ def _build(
         )
         packaged = package(sources, plan, partial, settings=request.settings)
         verification = _judge(partial, sources, request, progress)
-        work = _Work(sources, plan, request.settings, result, packaged, verification)
-        report = _write_reports(partial, work, publishing)
+        work = Work(sources, plan, request.settings, result, packaged, verification)
+        report = write_reports(partial, work, publishing)
         merged = Merged(output, report, verification, sources, plan)
         if not merged.accepted:
             merged = replace(merged, folder=rejected(output))
@@ -259,71 +268,6 @@ def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Pro
     from merge_adapter.verify import verify
 
     return verify(folder, sources, settings=request.gate, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the stages before the reports gave."""
-
-    sources: Resolved
-    plan: MergePlan
-    settings: MergeSettings
-    result: MergeResult
-    packaged: Packaged
-    verification: Verification
-
-    def document(self, *written: OutputFile) -> dict[str, Any]:
-        """The report, with the files `written` after the stages."""
-        result = self.result
-        return document.build(
-            sources=self.sources,
-            settings=self.settings,
-            adapter_tensors=self.plan.adapter_tensors,
-            consumed=self.plan.consumed,
-            files=(*result.files, *self.packaged.files, *written),
-            merge={
-                "seconds": round(result.seconds, 3),
-                "bytes_read": result.bytes_read,
-                "bytes_written": result.bytes_written,
-                "bytes_changed": result.bytes_changed,
-                "peak_rss_bytes": peak_rss_bytes(),
-                "tensors_changed": result.tensors_changed,
-                "tensors_copied": result.tensors_copied,
-                "strategy": self.plan.strategy.value,
-            },
-            verification=self.verification,
-            notes=(*self.sources.notes, *self.plan.notes, *result.notes, *self.packaged.notes),
-        )
-
-
-def _write_reports(folder: Path, work: _Work, publishing: PublishSettings | None) -> dict[str, Any]:
-    """Card, page and merge_report.json, the last of which names every other file."""
-    from merge_adapter.card import write_card
-    from merge_adapter.report.evidence import verdict_markdown
-    from merge_adapter.report.page import write_page
-
-    draft = work.document()
-    target = publishing.target if publishing is not None else None
-    card = write_card(
-        folder,
-        sources=work.sources,
-        plan=work.plan,
-        report=draft,
-        table=verdict_markdown(draft["verification"]),
-        license=publishing.license if publishing is not None else None,
-        place=target.repo_id if target is not None else None,
-        subfolder=target.path_in_repo if target is not None else "",
-    )
-    page = write_page(folder / REPORT_PAGE, draft)
-    report = work.document(card, page)
-    document.write(report, folder)
-    return report
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rejected(output: Path) -> Path:

@@ -10,14 +10,22 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from merge_adapter.errors import StorageError
 
+_WORK_FOLDERS = 64
+"""Runs of one job at a time on one machine, beyond which something is wrong."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class BusyError(StorageError):
+    """Another run holds the place."""
 
 
 @contextmanager
@@ -83,6 +91,39 @@ def partial_folder(destination: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+@contextmanager
+def work_folder(key: str) -> Iterator[Path]:
+    """An empty, locked folder for the job `key` below the system's folder for temporary files.
+
+    Its name is that of the job, so that what a killed run left is found, and gone, when the next one begins. A second
+    run at the same time gets a folder of its own.
+    """
+    root = Path(tempfile.gettempdir()) / f"merge-adapter-{os.getuid()}"
+    with storage_errors(root):
+        root.mkdir(mode=0o700, exist_ok=True)
+        state = root.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+        raise StorageError(f"{root} is not a folder of this user", hint="Remove it, or set TMPDIR.")
+    _clear_leftovers(root)
+    with ExitStack() as stack:
+        for number in range(_WORK_FOLDERS):
+            try:
+                place = stack.enter_context(partial_folder(root / f"{key}-{number}"))
+                break
+            except BusyError:
+                continue
+        else:
+            raise BusyError(f"{_WORK_FOLDERS} runs of this merge are at work in {root}")
+        yield place
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Remove what runs that are no more left below `root`; a folder that is in use is locked."""
+    for place in root.glob(".*.partial"):
+        with suppress(BusyError, OSError), partial_folder(root / place.name[1 : -len(".partial")]):
+            pass
+
+
 def deliver(partial: Path, destination: Path) -> None:
     """Rename a whole folder into place. An empty folder there gives way.
 
@@ -102,7 +143,7 @@ def _locked(partial: Path, destination: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise StorageError(
+            raise BusyError(
                 f"another merge is writing to {destination}", hint="Wait for it, or name another --output."
             ) from None
         # The folder may have been delivered or removed between open and lock: then the lock is on something else.

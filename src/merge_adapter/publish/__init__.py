@@ -7,12 +7,14 @@ licences.py     which licence it carries
 contents.py     the folder against its report
 identity.py     how the same publication is recognised
 flow.py         publish, find_published
+outbox.py       files handed over one by one, ahead of the commit
 whole.py        what the Hub holds against what was sent
 description.py  the words
 """
 
 from merge_adapter.publish.flow import Published, find_published, publish
 from merge_adapter.publish.licences import Licence, LicenceDecision, decide_licence, read_licence
+from merge_adapter.publish.outbox import Outbox, discard
 from merge_adapter.publish.settings import Openness, PublishSettings, Source, Target
 from merge_adapter.publish.target import prepare, prepare_folder
 
@@ -20,11 +22,13 @@ __all__ = [
     "Licence",
     "LicenceDecision",
     "Openness",
+    "Outbox",
     "PublishSettings",
     "Published",
     "Source",
     "Target",
     "decide_licence",
+    "discard",
     "find_published",
     "prepare",
     "prepare_folder",

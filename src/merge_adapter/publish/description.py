@@ -17,6 +17,7 @@ from merge_adapter.types import Verdict
 
 _COMMENT_LIMIT = 40_000
 """Characters of evidence: the Hub takes comments of up to 65,536."""
+_UNDERWAY = "Files are being uploaded."
 _STATES = {
     Verdict.PASS: "The merged model answers as base + adapter does.",
     Verdict.FAIL: "**Not equivalent.** This stays a draft: the merged model does not answer as base + adapter does.",
@@ -41,7 +42,12 @@ def commit_body(report: Mapping[str, Any]) -> str:
 
 def placeholder(report: Mapping[str, Any], marker: Marker) -> str:
     """The description while the files are on their way; the marker lets an interrupted run find its draft."""
-    return f"{marker}\n\nThe adapter {_link(report['adapter'])} folded into its base model. Files are being uploaded."
+    return f"{marker}\n\nThe adapter {_link(report['adapter'])} folded into its base model. {_UNDERWAY}"
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a description is that of a draft which never got its files."""
+    return text.rstrip().endswith(_UNDERWAY)
 
 
 def describe(

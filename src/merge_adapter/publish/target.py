@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, NotFoundError
@@ -24,6 +25,9 @@ OWN_REPOSITORY_FOLDER = "merged"
 """Where the merged model goes when it is offered to the adapter's own repository."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+_REPEATED = re.compile(r"-{2,}")
+_LONGEST_STEM = 89
+"""Characters before `-merged`: the Hub takes 96."""
 
 
 def prepare(
@@ -41,7 +45,8 @@ def prepare(
     base = policy.inspect("base", sources.base.repository)
     origin = sources.adapter.repository.origin
     name = origin.repo_id or (origin.folder.name if origin.folder else "")
-    return _decide(adapters, base, name, publishing, hub=hub)
+    subfolder = origin.subfolder if origin.repo_id else ""
+    return _decide(adapters, base, (name, subfolder), publishing, hub=hub)
 
 
 def prepare_folder(report: Mapping[str, Any], publishing: PublishSettings, *, hub: Hub) -> PublishSettings:
@@ -49,8 +54,10 @@ def prepare_folder(report: Mapping[str, Any], publishing: PublishSettings, *, hu
     entries = report.get("adapters") or [report["adapter"]]
     adapters = [policy.inspect_reported("adapter", entry, hub=hub) for entry in entries]
     base = policy.inspect_reported("base", report["base"], hub=hub)
-    name = adapters[0][0].repo_id or str(entries[0].get("id") or "")
-    return _decide(adapters, base, name, publishing, hub=hub)
+    repo_id = adapters[0][0].repo_id
+    name = repo_id or str(entries[0].get("id") or "")
+    subfolder = str(entries[0].get("subfolder") or "") if repo_id else ""
+    return _decide(adapters, base, (name, subfolder), publishing, hub=hub)
 
 
 def find_target(target: Target, *, hub: Hub) -> HubRepository | None:
@@ -82,17 +89,18 @@ def clean_folder(path: str) -> str:
 def _decide(
     adapters: list[tuple[Source, Licence]],
     base: tuple[Source, Licence],
-    name: str,
+    name: tuple[str, str],
     publishing: PublishSettings,
     *,
     hub: Hub,
 ) -> PublishSettings:
+    """`name`: the first adapter's, and its folder in its repository."""
     sources = [source for source, _ in (*adapters, base)]
     policy.check_base(base[0], publishing.allow_base)
     least = policy.required_openness(sources)
     policy.check_wish(publishing, least)
     decision = policy.licence_for(_of_all(adapters, publishing), base[1], publishing)
-    repo_id = publishing.target_repo or _default_target(adapters[0][0], name, hub=hub)
+    repo_id = publishing.target_repo or _default_target(adapters[0][0], *name, hub=hub)
     _check_repo_id(repo_id)
     target = Target(
         repo_id=repo_id,
@@ -122,10 +130,22 @@ def _of_all(adapters: list[tuple[Source, Licence]], publishing: PublishSettings)
     return licence
 
 
-def _default_target(adapter: Source, name: str, *, hub: Hub) -> str:
-    owner = adapter.owner or hub.user
-    stem = _UNFIT.sub("-", name.split("/")[-1]).strip("-.") or "adapter"
-    return f"{owner}/{stem[:89]}-merged"
+def default_name(name: str, subfolder: str = "") -> str:
+    """The name, without owner, of the repository that a merge goes to when none is chosen: `<adapter>-merged`.
+
+    An adapter in a folder of its repository has its folder's name in it, since such a repository holds several as a
+    rule: each gets a repository of its own, from which it is loaded like any model, and whose main branch no other
+    adapter's pull request would overwrite.
+    """
+    whole = "-".join(part for part in (name.split("/")[-1], *subfolder.split("/")) if part)
+    stem = _REPEATED.sub("-", _UNFIT.sub("-", whole).replace("..", "-")).strip("-.") or "adapter"
+    if len(stem) > _LONGEST_STEM:
+        stem = f"{stem[: _LONGEST_STEM - 9]}-{sha256(whole.encode()).hexdigest()[:8]}"
+    return f"{stem}-merged"
+
+
+def _default_target(adapter: Source, name: str, subfolder: str, *, hub: Hub) -> str:
+    return f"{adapter.owner or hub.user}/{default_name(name, subfolder)}"
 
 
 def _check_repo_id(repo_id: str) -> None:
