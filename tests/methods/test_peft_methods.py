@@ -159,14 +159,70 @@ def test_streaming_on_demand_is_refused_where_it_cannot_be(bench: Callable[..., 
     assert "--strategy" in caught.value.hint
 
 
-def test_weights_of_several_adapters_are_for_lora(bench: Callable[..., Any]) -> None:
-    """Half of a rotation is not a rotation: other methods take no weight."""
-    made = bench("OFT", **CASES["oft"][1])
-    sources = made.sources
-    half = replace(sources, adapters=(replace(sources.adapter, weight=0.5),))
+def weighted(made: Any, weight: float) -> Any:
+    return replace(made.sources, adapters=(replace(made.sources.adapter, weight=weight),))
+
+
+SCALED = [label for label, (peft_type, _) in CASES.items() if (find_method(peft_type) or METHODS[0]).scaled]
+
+
+@pytest.mark.parametrize("label", SCALED)
+def test_a_weight_is_a_part_of_the_update(label: str, bench: Callable[..., Any], tmp_path: Path) -> None:
+    """Where PEFT's layer holds a scale, a weight multiplies it: W + w (PEFT's merge - W)."""
+    from safetensors.torch import load_file
+
+    from merge_adapter.merge import merge
+    from merge_adapter.types import Silent
+
+    peft_type, config = CASES[label]
+    made = bench(peft_type, **config)
+    part = weighted(made, -0.4)
+    (tmp_path / "out").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = make_plan(part, MergeSettings())
+        merge(plan, part, tmp_path / "out", settings=MergeSettings(), progress=Silent())
+    found, before, whole = load_file(tmp_path / "out" / "model.safetensors"), made.stored(), made.expected()
+    changed = 0
+    for name, value in before.items():
+        expected = value - 0.4 * (whole[name] - value)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
+        changed += not torch.equal(found[name], value)
+    assert changed >= 2
+
+
+@pytest.mark.parametrize("label", ["loha", "shira"])
+def test_the_gate_knows_a_weight(label: str, bench: Callable[..., Any], tmp_path: Path) -> None:
+    import shutil
+
+    from merge_adapter.merge import merge
+    from merge_adapter.types import Silent, Verdict
+    from merge_adapter.verify import verify
+    from merge_adapter.verify.settings import VerifySettings
+
+    peft_type, config = CASES[label]
+    made = bench(peft_type, **config)
+    part = weighted(made, 0.5)
+    (tmp_path / "out").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = make_plan(part, MergeSettings())
+        merge(plan, part, tmp_path / "out", settings=MergeSettings(), progress=Silent())
+        shutil.copy(made.base / "config.json", tmp_path / "out")
+        settings = VerifySettings(isolated=False, probe_tokens=64, greedy_tokens=0)
+        right = verify(tmp_path / "out", part, settings=settings, progress=Silent())
+        wrong = verify(tmp_path / "out", made.sources, settings=settings, progress=Silent())
+    assert right.verdict is Verdict.PASS, right.reasons
+    assert wrong.verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("label", ["ia3", "vera", "oft"])
+def test_a_weight_without_meaning_is_refused(label: str, bench: Callable[..., Any]) -> None:
+    peft_type, config = CASES[label]
+    made = bench(peft_type, **config)
     with pytest.raises(MethodError, match=r"weight 0\.5"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_plan(half, MergeSettings())
+        make_plan(weighted(made, 0.5), MergeSettings())
 
 
 def test_a_plan_runs_twice_alike(bench: Callable[..., Any], tmp_path: Path) -> None:

@@ -51,18 +51,19 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
     names = context.names
     if not isinstance(names, ConvertedNames):
         raise TypeError(f"expected ConvertedNames, got {type(names).__name__}")
+    if context.adapter.weight != 1.0 and not method.scaled:
+        raise MethodError(
+            f"A {method.title} adapter cannot be merged with weight {context.adapter.weight}: PEFT's layer has no scale"
+            " to give it, and a part of a change that was trained as a whole has no meaning of its own.",
+            hint="Give this adapter the weight 1.",
+        )
     check_sizes(context.config, context.tensors)
-    adapted = adapt(ghostly(names.model), context.config)
+    adapted = adapt(ghostly(names.model), context.config, weight=context.adapter.weight)
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)
     if way is Way.MEMORY and context.settings.strategy is Strategy.STREAM:
         raise MethodError(
             f"This adapter cannot be streamed: {reason}.",
             hint="Leave out --strategy stream; the merge then loads the base.",
-        )
-    if context.adapter.weight != 1.0:
-        raise MethodError(
-            f"A {method.title} adapter cannot be merged with weight {context.adapter.weight}; only LoRA can.",
-            hint="Give this adapter the weight 1.",
         )
     assigned = assign(
         adapted,
@@ -104,7 +105,8 @@ class _Planner:
         layers = self.adapted.layers()
         if not layers and not self.assigned.parameters:
             raise MethodError("The adapter changes nothing: no module of the base is a target of it.")
-        session = Session(self.names, self.adapted, self.assigned, self.context.config, self.way)
+        weight = self.context.adapter.weight
+        session = Session(self.names, self.adapted, self.assigned, self.context.config, self.way, weight)
         outputs = {layer.path: self._outputs(layer) for layer in layers}
         parting = self._parting(layers, outputs)
         untied, copies = self._untied(parting, outputs)
@@ -252,7 +254,8 @@ class _Planner:
 
     def _kind(self) -> Kind:
         config = self.context.config
-        depends = self.method.way_for(config) is Way.ALONE  # its factors come out of the weight itself
+        # its factors come out of the weight itself
+        depends = Way.ALONE in (self.way, self.method.way_for(config)) or config.get("kasa_config")
         if depends or config.get("use_dora") or config.get("init_weights") == "bat":
             return Kind.MULTIPLICATIVE
         assert self.method.kind is not None

@@ -118,11 +118,13 @@ class AdaptedModel:
                         yield f"{layer.path}.{name}", tensor
 
 
-def adapt(model: torch.nn.Module, config: Mapping[str, Any], *, only: str | None = None) -> AdaptedModel:
+def adapt(
+    model: torch.nn.Module, config: Mapping[str, Any], *, only: str | None = None, weight: float = 1.0
+) -> AdaptedModel:
     """Build PEFT's layers into `model`, without values for their parameters.
 
-    `only` restricts them to the one module of that path, whose weight is then real. `model` is changed. Raises
-    MethodError with PEFT's reason when PEFT refuses.
+    `only` restricts them to the one module of that path, whose weight is then real. `weight` multiplies the scale of
+    every layer, which the method must have. `model` is changed. Raises MethodError with PEFT's reason when it refuses.
     """
     from peft import PeftModel
 
@@ -140,7 +142,12 @@ def adapt(model: torch.nn.Module, config: Mapping[str, Any], *, only: str | None
                 hint="Check that the base is the one the adapter was trained on.",
             ) from error
     made.eval()
-    return AdaptedModel(made, parsed, frozenset(watch.reads))
+    adapted = AdaptedModel(made, parsed, frozenset(watch.reads))
+    if weight != 1.0:
+        for layer in adapted.layers():
+            for part in layer.layers:
+                part.scaling[ADAPTER] *= weight
+    return adapted
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:

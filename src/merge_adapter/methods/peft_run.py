@@ -57,6 +57,7 @@ class Session:
     assigned: Assigned = field(repr=False)
     config: Mapping[str, Any]
     way: Way
+    weight: float = 1.0
     lock: Lock = field(default_factory=Lock, repr=False)
     _layers: dict[str, Layer] = field(default_factory=dict, repr=False)
 
@@ -112,7 +113,7 @@ class Session:
         module._parameters = dict(original._parameters)
         real = {name: values[f"{path}.{name}"] for name in module._parameters if f"{path}.{name}" in values}
         place(module, {name: value.clone() for name, value in real.items()})
-        adapted = adapt(skeleton(path, module), self.config, only=path)
+        adapted = adapt(skeleton(path, module), self.config, only=path, weight=self.weight)
         adapted.load(read_all(adapter, (*self.assigned.shared, *self.assigned.of_module.get(path, ()))))
         return adapted.layers()[0]
 
@@ -130,7 +131,7 @@ class Session:
                 elif id(parameter) not in done and (value := self._read(full, base)) is not None:
                     parameter.data = value
                     done.add(id(parameter))
-        adapted = adapt(model, self.config)
+        adapted = adapt(model, self.config, weight=self.weight)
         adapted.load(read_all(adapter, self._own_names()))
         return adapted.layers()
 

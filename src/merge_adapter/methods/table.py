@@ -44,6 +44,8 @@ class Method:
     """Parameters of an adapted module that it can change; those that a module lacks aside."""
     reads_weights: bool = False
     """Whether PEFT's initialisation reads base weights although the saved tensors then replace what it made."""
+    scaled: bool = False
+    """Whether PEFT's layer multiplies the whole update by a scale, so that PEFT too can give it a weight."""
 
     def way_for(self, config: Mapping[str, Any]) -> Way:
         """The way for one adapter_config.json."""
@@ -59,8 +61,8 @@ _ADD, _MUL, _SET = Kind.ADDITIVE, Kind.MULTIPLICATIVE, Kind.REPLACE
 
 METHODS: tuple[Method, ...] = (
     Method("LORA", "LoRA (rsLoRA, lora_bias, patterns)", Way.ROWS, _ADD, ("lora_",), "DoRA is multiplicative.",
-           reads_weights=True),
-    Method("ADALORA", "AdaLoRA", Way.LAYER, _ADD, ("lora_", "ranknum")),
+           reads_weights=True, scaled=True),
+    Method("ADALORA", "AdaLoRA", Way.LAYER, _ADD, ("lora_", "ranknum"), scaled=True),
     Method("ADAMSS", "AdaMSS", Way.ALONE, _MUL, ("adamss_",), writes=("weight", "bias")),
     Method("BEFT", "BEFT", Way.LAYER, _ADD, ("beft_",), "Changes biases only; each target needs one.",
            writes=("bias",)),
@@ -72,22 +74,22 @@ METHODS: tuple[Method, ...] = (
     Method("FROD", "FRoD", Way.MEMORY, _MUL, ("frod_",),
            "Its initialisation decomposes the weights of all layers together."),
     Method("GLORA", "GLoRA", Way.LAYER, _MUL, ("glora_",), writes=("weight", "bias")),
-    Method("GRALORA", "GraLoRA", Way.LAYER, _ADD, ("gralora_",)),
+    Method("GRALORA", "GraLoRA", Way.LAYER, _ADD, ("gralora_",), scaled=True),
     Method("HIRA", "HiRA", Way.LAYER, _MUL, ("hira_",)),
     Method("HRA", "HRA", Way.LAYER, _MUL, ("hra_",)),
     Method("IA3", "IA3", Way.LAYER, _MUL, ("ia3_",), writes=("weight", "bias")),
     Method("LN_TUNING", "LN tuning", Way.LAYER, _SET, ("ln_tuning_",), reads_weights=True, writes=("weight", "bias")),
-    Method("LOHA", "LoHa", Way.LAYER, _ADD, ("hada_",)),
-    Method("LOKR", "LoKr", Way.LAYER, _ADD, ("lokr_",)),
+    Method("LOHA", "LoHa", Way.LAYER, _ADD, ("hada_",), scaled=True),
+    Method("LOKR", "LoKr", Way.LAYER, _ADD, ("lokr_",), scaled=True),
     Method("MISS", "MiSS", Way.LAYER, _ADD, ("miss_",), "With init_weights=bat it is multiplicative."),
     Method("OFT", "OFT", Way.LAYER, _MUL, ("oft_",)),
     Method("OSF", "OSF", Way.ALONE, _MUL, ("osf_",)),
     Method("PEANUT", "PEANuT", Way.LAYER, _MUL, ("peanut_",)),
     Method("PSOFT", "PSOFT", Way.ALONE, _MUL, ("psoft_",)),
     Method("PVERA", "PVeRA", Way.LAYER, _ADD, ("pvera_",)),
-    Method("RANDLORA", "RandLoRA", Way.LAYER, _ADD, ("randlora_",)),
+    Method("RANDLORA", "RandLoRA", Way.LAYER, _ADD, ("randlora_",), scaled=True),
     Method("ROAD", "RoAd", Way.LAYER, _MUL, ("road_",), writes=("weight", "bias")),
-    Method("SHIRA", "SHiRA", Way.LAYER, _ADD, ("shira_",)),
+    Method("SHIRA", "SHiRA", Way.LAYER, _ADD, ("shira_",), scaled=True),
     Method("SUPERTUNING", "Supertuning", Way.LAYER, _ADD, ("supertuning_",), reads_weights=True,
            unless=(("save_precomputed_indices", False, Way.ALONE),)),
     Method("TINYLORA", "TinyLoRA", Way.LAYER, _ADD, ("tinylora_",), reads_weights=True),
