@@ -23,6 +23,11 @@ pytest_plugins = ("github_api", "workflow_step")
 TESTS = Path(__file__).parent
 DEMO_ASSETS = TESTS.parent / "src" / "merge_adapter" / "demo" / "assets"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MEDDLERS = (
+    "HF_", "HUGGING", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_", "GITHUB_", "INPUT_", "RUNNER_", "ACTIONS_", "GIT_",
+    "FORCE_COLOR", "CLICOLOR", "TTY_",
+)  # fmt: skip
+"""How variables begin that change what our libraries and programs do, and that a machine of CI may have set."""
 NOWHERE = 9
 """The discard port. HF_ENDPOINT points there, so that a call that names no endpoint cannot find one."""
 
@@ -31,9 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything imports huggingface_hub, which reads its settings once."""
     home = tempfile.mkdtemp(prefix="merge-adapter-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
-    for name in [
-        name for name in os.environ if name.startswith(("HF_", "HUGGING", "GITHUB_", "INPUT_", "RUNNER_"))
-    ]:
+    for name in [name for name in os.environ if name.startswith(MEDDLERS)]:
         del os.environ[name]
     os.environ.update(
         {
@@ -48,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
             # Rich and Typer fold their output to the terminal they find; tests compare it.
             "COLUMNS": "120",
             "NO_COLOR": "1",
+            # Some machines reach other machines through a proxy; npm may need it, this machine does not.
+            "NO_PROXY": ",".join(LOOPBACK),
+            "no_proxy": ",".join(LOOPBACK),
         }
     )
     sys.addaudithook(_only_this_machine)

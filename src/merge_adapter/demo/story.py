@@ -74,7 +74,10 @@ def _own_client_home(place: Path) -> Iterator[None]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
+        **{
+            name: ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
+            for name in ("NO_PROXY", "no_proxy")  # programs read one or the other
+        },
     }
     before = {name: os.environ.get(name) for name in (*settings, "HF_ENDPOINT")}
     os.environ.update(settings)
