@@ -117,15 +117,26 @@ def test_the_bots_dispatch_carries_its_options() -> None:
         "adapter": "acme/adapter",
         "revision": HEAD,
         "subfolder": "checkpoint-10",
-        "options": {"dtype": "bfloat16", "base_model": "acme/base", "private": True, "license": None},
+        "options": {
+            "dtype": "bfloat16",
+            "base_model": "acme/base",
+            "private": True,
+            "license": None,
+            "combine-with": "acme/two@v1\nacme/three",
+            "weights": "1\n-0.5\n2",
+            "density": 0.5,
+        },
     }
     wanted = trigger("repository_dispatch", {"client_payload": payload}).wanted
     assert isinstance(wanted, Named)
     assert dict(wanted.inputs) == {
         "base-model": "acme/base",
+        "combine-with": "acme/two@v1\nacme/three",
+        "density": "0.5",
         "dtype": "bfloat16",
         "private": "true",
         "subfolder": "checkpoint-10",
+        "weights": "1\n-0.5\n2",
     }
 
 
@@ -139,6 +150,8 @@ def test_the_bots_dispatch_carries_its_options() -> None:
         {"allow_base": "*/*"},
         {"output": "/etc"},
         {"base_model": "/models/base"},
+        {"combine_with": "acme/two\n/models/secret"},
+        {"combine_with": "../secret"},
         {"dtype": ["float32"]},
     ],
 )

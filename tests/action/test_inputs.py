@@ -9,7 +9,17 @@ import pytest
 
 from merge_adapter.action.inputs import NAMES, SECRETS, Inputs, read_inputs, take_secrets
 from merge_adapter.errors import InputError
-from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase, Strategy
+from merge_adapter.types import (
+    Combination,
+    CombinationType,
+    DType,
+    MajoritySign,
+    OnFail,
+    PublishTo,
+    QuantizedBase,
+    SoftPrompt,
+    Strategy,
+)
 
 
 def env(**given: str) -> dict[str, str]:
@@ -79,6 +89,24 @@ def test_every_input_is_understood() -> None:
     )
 
 
+def test_adapters_to_combine_have_weights_and_a_way() -> None:
+    given = env(
+        adapter="acme/one",
+        combine_with="acme/two@v1\nacme/three",
+        weights="0.5\n-1\n2e-1",
+        combination="ties_svd",
+        density="0.4",
+        majority_sign="frequency",
+        svd_rank="16",
+        seed="7",
+        soft_prompt="tokens",
+    )
+    inputs = read_inputs(given)
+    assert (inputs.adapters, inputs.combine_with) == (("acme/one",), ("acme/two@v1", "acme/three"))
+    assert inputs.weights == (0.5, -1.0, 0.2) and inputs.soft_prompt is SoftPrompt.TOKENS
+    assert inputs.combination == Combination(CombinationType.TIES_SVD, 0.4, MajoritySign.FREQUENCY, 16, 7)
+
+
 def test_names_with_underscores_serve_where_a_shell_stands_between() -> None:
     assert read_inputs({"INPUT_BASE_MODEL": "acme/base"}).base_model == "acme/base"
     with pytest.raises(InputError, match="set twice"):
@@ -110,6 +138,14 @@ def test_sizes(text: str, size: float) -> None:
         ({"verify": "false", "on_fail": "discard"}, "nothing would ever be published"),
         ({"publish": "none", "target_repo": "a/b"}, "publish is none"),
         ({"base_revision": "v1", "watch": "acme"}, "does not fit watch"),
+        ({"combine_with": "a/b", "watch": "acme"}, "several others are named"),
+        ({"adapter": "a/b, a/c", "combine_with": "a/d"}, "several others are named"),
+        ({"adapter": "a/b", "combine_with": "a/c", "weights": "1"}, "has 1 numbers, expected 2"),
+        ({"weights": "a lot"}, "weights has 'a lot', expected a number"),
+        ({"density": "nan"}, "density has 'nan', expected a number"),
+        ({"combination": "sum"}, "expected one of: sequential, "),
+        ({"svd_rank": "-4"}, "expected a whole number"),
+        ({"soft_prompt": "yes"}, "expected one of: refuse, tokens"),
     ],
 )
 def test_what_is_wrong_is_said(given: dict[str, str], said: str) -> None:

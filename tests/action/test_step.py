@@ -224,12 +224,18 @@ def test_a_fork_cannot_borrow_any_identity(
 
 
 def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str], ada: HfApi) -> None:
-    """Those of several owners, in the collection's order; models that are no adapters are left out."""
-    for name, file in (("ada/shelf-adapter", "adapter_config.json"), ("ada/shelf-model", "config.json")):
+    """In the collection's order, each folder with an adapter where none is at the root; other models are left out."""
+    for name, file in (
+        ("ada/shelf-adapter", "adapter_config.json"),
+        ("ada/shelf-adapter", "checkpoint-5/adapter_config.json"),
+        ("ada/shelf-model", "config.json"),
+        ("ada/shelf-several", "a/adapter_config.json"),
+        ("ada/shelf-several", "b/c/adapter_config.json"),
+    ):
         ada.create_repo(name, exist_ok=True)
         ada.upload_file(path_or_fileobj=b"{}", path_in_repo=file, repo_id=name)
     collection = ada.create_collection("Best adapters", namespace="ada")
-    for name in ("ada/shelf-model", "ada/shelf-adapter"):
+    for name in ("ada/shelf-model", "ada/shelf-several", "ada/shelf-adapter"):
         ada.add_collection_item(collection.slug, name, "model")
     found = find_candidates(
         Inputs(watch=collection.slug),
@@ -238,7 +244,13 @@ def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str]
         hub=Hub(endpoint=hub.url, token=tokens["ada"]),
         github=None,
     )
-    assert found == (Candidate("ada/shelf-adapter", hub_only=True),)
+    assert found == (
+        Candidate("ada/shelf-several", hub_only=True, subfolder="a"),
+        Candidate("ada/shelf-several", hub_only=True, subfolder="b/c"),
+        Candidate("ada/shelf-adapter", hub_only=True),
+    )
+    assert [one.name for one in found] == ["shelf-several-a", "shelf-several-b-c", "shelf-adapter"]
+    assert len({one.slug for one in found}) == 3
 
 
 def test_a_pull_request_gets_a_comment_and_a_status_where_checks_are_closed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,8 @@ from safetensors.torch import save
 
 from merge_adapter.bot.rows import list_jobs
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.survey import Standing, survey
+from merge_adapter.hub import Hub
 
 MANY = 200
 UNMERGEABLE = 10
@@ -116,3 +119,28 @@ def test_what_cannot_be_read_is_said(many: Any, tmp_path: Path) -> None:
     names.write_text("../etc/passwd\n")
     bad = backfill(many, tmp_path / "bot", "--file", str(names))
     assert bad.returncode == 2 and "not a Hub id" in bad.stderr
+
+
+def test_each_adapter_of_a_repository_is_looked_at(
+    tmp_path: Path, hub: Any, push_adapter: Any, lm_adapter: Path, make_settings: Any
+) -> None:
+    """As pushes are: a line, a job and a target for each folder, where no adapter lies at the root."""
+    for name in ("a", "b/c"):
+        shutil.copytree(lm_adapter, tmp_path / "several" / name)
+    (tmp_path / "several" / "broken").mkdir()
+    (tmp_path / "several" / "broken" / "adapter_config.json").write_text("{}")
+    repo_id, sha = push_adapter("ada/several-behind", folder=tmp_path / "several")
+    root, _ = push_adapter("ada/one-behind")
+    found = survey((repo_id, root), Hub(hub.url, "hf_ada"), make_settings(hub.url, tmp_path / "bot"))
+    assert [(one.repo_id, one.subfolder, one.standing) for one in found] == [
+        (repo_id, "a", Standing.TO_DO),
+        (repo_id, "b/c", Standing.TO_DO),
+        (repo_id, "broken", Standing.REFUSED),
+        (root, "", Standing.TO_DO),
+    ]
+    requests = [one.request(batch="x") for one in found if one.standing is Standing.TO_DO]
+    assert [(one.revision, one.target) for one in requests[:2]] == [
+        (sha, "ada/several-behind-a-merged"),
+        (sha, "ada/several-behind-b-c-merged"),
+    ]
+    assert len({one.dedupe for one in requests}) == 3

@@ -8,7 +8,7 @@ from merge_adapter.bot import choices
 from merge_adapter.bot.commands import find_command
 from merge_adapter.bot.jobs import JobKind, JobOptions
 from merge_adapter.errors import InputError
-from merge_adapter.types import DType, Strategy
+from merge_adapter.types import CombinationType, DType, QuantizedBase, SoftPrompt, Strategy
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,18 @@ from merge_adapter.types import DType, Strategy
         (
             "thanks\n@bot merge --target-repo ada/y --private true\nbye",
             JobOptions(target_repo="ada/y", private=True),
+        ),
+        (
+            "@bot merge --adapter ada/two@v1 --adapter ada/three --weight 1 --weight -0.5 --weight=2",
+            JobOptions(adapters=("ada/two@v1", "ada/three"), weights=(1.0, -0.5, 2.0)),
+        ),
+        (
+            "@bot merge --adapter ada/two --combination ties_svd --density 0.4 --svd-rank 8",
+            JobOptions(adapters=("ada/two",), combination=CombinationType.TIES_SVD, density=0.4, svd_rank=8),
+        ),
+        (
+            "@bot merge --quantized-base original --soft-prompt tokens",
+            JobOptions(quantized_base=QuantizedBase.ORIGINAL, soft_prompt=SoftPrompt.TOKENS),
         ),
     ],
 )
@@ -58,6 +70,13 @@ def test_verify_names_a_checkpoint() -> None:
         ("@bot merge --trust-remote-code yes", "no option"),
         ("@bot merge --output /etc", "no option"),
         ("@bot merge --dtype int4", "expected one of"),
+        ("@bot merge --adapter /etc/passwd", "not a Hub id"),
+        ("@bot merge --adapter ada/x --weight a", "a weight is 'a', expected a number"),
+        ("@bot merge --weight inf", "expected a number"),
+        ("@bot merge --density 1.5", "between 0 and 1"),
+        ("@bot merge --svd-rank x", "whole number"),
+        ("@bot merge " + "--adapter a/b " * 9, "8 at most"),
+        ("@bot verify ada/x --soft-prompt tokens", "verify has no option soft-prompt"),
         ("@bot merge --dtype", "no value"),
         ("@bot merge --base-model ../../etc", "not a Hub id"),
         ("@bot merge --base-model /etc/passwd", "not a Hub id"),
@@ -83,3 +102,23 @@ def test_a_bad_command_says_what_is_wrong(text: str, message: str) -> None:
 def test_nothing_that_looks_like_an_option_or_a_path_is_a_reference(text: str) -> None:
     with pytest.raises(InputError):
         choices.reference(text, what="adapter")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        JobOptions(),
+        JobOptions("a/b", dtype=DType.BFLOAT16, private=False, merged="a/c"),
+        JobOptions(
+            adapters=("ada/two@v1",),
+            weights=(1.0, -0.5),
+            combination=CombinationType.TIES,
+            density=0.4,
+            svd_rank=8,
+            quantized_base=QuantizedBase.DEQUANTIZE,
+            soft_prompt=SoftPrompt.TOKENS,
+        ),
+    ],
+)
+def test_options_come_back_from_the_store_as_they_were(options: JobOptions) -> None:
+    assert JobOptions.from_json(options.to_json()) == options

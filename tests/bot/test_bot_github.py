@@ -171,7 +171,14 @@ def test_a_merge_is_dispatched_with_its_options_and_its_verdict_read_back(
     folder = tmp_path / "pushed"
     shutil.copytree(lm_adapter, folder / "lora")
     repo_id, sha = push_adapter("ada/on-github", folder=folder)
-    options = JobOptions(target_repo="ada/from-github", dtype=DType.BFLOAT16, private=True)
+    second, at = push_adapter("ada/second-on-github")
+    options = JobOptions(
+        target_repo="ada/from-github",
+        dtype=DType.BFLOAT16,
+        private=True,
+        adapters=(f"{second}@{at}",),
+        weights=(1.5, -0.5),
+    )
     job = leased(tmp_path, JobRequest(repo_id, sha, Source.COMMENT, subfolder="lora", options=options))
     workflow = Workflow(github_api, example)
     outcome, watch = carry_out(github_settings, job)
@@ -180,6 +187,7 @@ def test_a_merge_is_dispatched_with_its_options_and_its_verdict_read_back(
     assert api.model_info("ada/from-github").private
     report = json.loads((watch.folder / REPORT_FILE).read_text())
     assert report["output"]["dtype"] == "bfloat16" and report["adapter"]["subfolder"] == "lora"
+    assert [(one["id"], one["weight"]) for one in report["adapters"]] == [(repo_id, 1.5), (second, -0.5)]
     assert watch.remote == str(RUN) and len(workflow.dispatches) == 1
     assert workflow.dispatches[0]["event_type"] == "merge-adapter"
     (fetched,) = github_api.sent("GET", "/storage/archive")
@@ -213,6 +221,21 @@ def test_what_the_action_refuses_is_refused_with_its_words(
     outcome, _ = carry_out(github_settings, job)
     assert (outcome.state, outcome.exit_code) == (JobState.REFUSED, 2)
     assert "nobody/nothing" in outcome.message and "/actions/runs/8" in outcome.hint
+
+
+@pytest.mark.parametrize(
+    ("error_type", "state"),
+    [("RefusedError", JobState.REFUSED), ("HubError", JobState.FAILED), ("", JobState.FAILED)],
+)
+def test_a_refusal_of_the_hub_inside_the_run_is_told_from_a_fault_of_its_network(
+    github_settings: Any, github_api: Any, tmp_path: Path, error_type: str, state: JobState
+) -> None:
+    """Both have exit code 5; the first is never tried again."""
+    job = leased(tmp_path, REQUEST)
+    results = json.dumps([{**ERROR, "exit-code": 5, "error-type": error_type}]).encode()
+    Workflow(github_api, lambda payload: ("failure", zipped({"results.json": results})))
+    outcome, _ = carry_out(github_settings, job)
+    assert (outcome.state, outcome.exit_code) == (state, 5)
 
 
 @pytest.mark.parametrize(
@@ -286,4 +309,4 @@ def test_a_report_of_something_else_is_left_out() -> None:
     entry = {**ERROR, "report": "merge-adapter-report/x/merge_report.json"}
     files = {"results.json": json.dumps([entry]).encode(), entry["report"]: b'{"schema": 1}'}
     found = artifact.read_result(zipped(files), REQUEST)
-    assert found == artifact.RunResult(3, {"message": "no", "hint": ""}, None)
+    assert found == artifact.RunResult(3, {"message": "no", "hint": "", "type": ""}, None)

@@ -21,8 +21,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from merge_adapter.bot.intake import adapter_folders
-from merge_adapter.bot.jobs import JobKind, JobState, Source
+from merge_adapter.bot.jobs import JobState, Source
 from merge_adapter.bot.probe import probe
 from merge_adapter.bot.rows import list_jobs
 from merge_adapter.bot.server import RunningBot, start
@@ -30,6 +29,7 @@ from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.store import Store
 from merge_adapter.errors import HubError, InputError, StorageError
 from merge_adapter.hub import Hub
+from merge_adapter.hub.catalogue import adapter_folders
 
 
 @pytest.fixture
@@ -156,6 +156,10 @@ def test_each_adapter_of_a_repository_is_a_job_of_its_own(
         }
 
     assert found() == {("a", first, JobState.QUEUED), ("b/c", first, JobState.QUEUED)}
+    assert {job.request.target for job in list_jobs(bot.queue.store)} == {
+        "ada/several-a-merged",
+        "ada/several-b-c-merged",
+    }
     config = json.loads((folder / "a" / "adapter_config.json").read_text())
     changed = json.dumps({**config, "inference_mode": not config.get("inference_mode")}).encode()
     done = api.upload_file(repo_id=repo_id, path_in_repo="a/adapter_config.json", path_or_fileobj=changed)
@@ -315,16 +319,115 @@ def test_a_refused_look_up_does_not_hold_up_what_comes_after(
     assert jobs(bot) == [(repo_id, sha, JobState.QUEUED)]
 
 
-def test_members_of_an_organisation_may_command(
+@pytest.mark.parametrize(
+    ("role", "settings_say", "may"),
+    [("write", False, True), ("read", False, False), ("contributor", False, False), ("read", True, True)],
+)
+def test_members_of_an_organisation_may_command_as_their_role_says(
+    tmp_path: Path,
+    make_settings: Any,
+    lm_adapter: Path,
+    send: Any,
+    eventually: Any,
+    role: str,
+    settings_say: bool,
+    may: bool,
+) -> None:
+    """Reading members may not, unless the bot's owner says that all may."""
+    from huggingface_hub import HfApi
+
+    from localhub.process import LocalHub
+
+    users = {"ada": "hf_ada", "merge-bot": "hf_merge_bot", "max": "hf_max"}
+    team = {"acme": ["ada", "merge-bot:write", f"max:{role}"]}
+    with LocalHub(tmp_path / "hub", users, team) as hub:
+        api = HfApi(endpoint=hub.url, token="hf_ada")
+        api.create_repo("acme/of-the-team")
+        api.upload_folder(repo_id="acme/of-the-team", folder_path=lm_adapter)
+        settings = make_settings(
+            hub.url, tmp_path / "bot", token="hf_merge_bot", watch=("acme",), members_may_command=settings_say
+        )
+        text = "@merge-adapter verify acme/of-the-team-merged"
+        with (
+            start(settings) as bot,
+            commented(api, "acme/of-the-team", text, token="hf_max") as event,
+        ):
+            send(bot.webhook_url, event)
+            settled(bot, eventually)
+            found = list_jobs(bot.queue.store)
+            assert [job.request.options.merged for job in found] == ["acme/of-the-team-merged"] * may
+            if not may:
+                (answer,) = said(api, "acme/of-the-team", event["discussion"]["num"])
+                assert "only those who may write" in answer and "does not tell" not in answer
+
+
+def test_a_bot_that_is_told_no_roles_says_so(
     commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
 ) -> None:
+    """Its account is no member of the organisation. Nobody but an owner or maintainer is believed then."""
     bot = commanded_bot
-    repo_id, _ = push_adapter("demo/of-the-team")
-    with commented(api, repo_id, "@merge-adapter verify demo/of-the-team-merged") as event:
+    repo_id, _ = push_adapter("demo/of-a-team")
+    with commented(api, repo_id, "@merge-adapter merge") as event:
         send(bot.webhook_url, event)
     settled(bot, eventually)
-    job = list_jobs(bot.queue.store)[0]
-    assert (job.request.kind, job.request.options.merged) == (JobKind.VERIFY, "demo/of-the-team-merged")
+    assert jobs(bot) == []
+    answers = eventually(lambda: said(api, repo_id, event["discussion"]["num"]))
+    assert "does not tell this bot who of its members may" in answers[0]
+
+
+def test_a_commenter_cannot_have_the_bot_publish_what_it_alone_may_read(
+    bot: RunningBot, api: Any, base_on_hub: str, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    """Naming a target vouches for its readers, which is not a commenter's to do with the bot's own token."""
+    api.create_repo("demo/closed-base", private=True, exist_ok=True)
+    for name in ("config.json",):
+        path = api.hf_hub_download(base_on_hub, name)
+        api.upload_file(repo_id="demo/closed-base", path_in_repo=name, path_or_fileobj=path)
+    repo_id, _ = push_adapter("ada/curious")
+    with start(
+        replace(bot.settings, data=bot.settings.data / "of-eve", port=0, maintainers=("stranger",))
+    ) as other:
+        text = "@merge-adapter merge --base-model demo/closed-base --target-repo ada/loot"
+        with commented(api, repo_id, text, token="hf_stranger") as event:
+            send(other.webhook_url, event)
+        settled(other, eventually)
+        assert jobs(other) == []
+        (note,) = other.queue.store.read("SELECT note FROM events")
+        assert "demo/closed-base is private" in note["note"]
+
+
+def test_a_commenter_has_a_limit_of_open_jobs_and_is_told(
+    settings: BotSettings, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    with start(replace(settings, token="hf_merge_bot", jobs_per_user=1)) as bot:
+        repo_id, _ = push_adapter("ada/eager")
+        for text in ("@merge-adapter merge", "@merge-adapter merge --dtype float32"):
+            with commented(api, repo_id, text) as event:
+                send(bot.webhook_url, event)
+            settled(bot, eventually)
+        assert len(jobs(bot)) == 1
+        assert "you have 1 open jobs" in said(api, repo_id, event["discussion"]["num"])[0]
+
+
+def test_adapters_named_in_a_command_are_pinned(
+    commanded_bot: RunningBot, api: Any, push_adapter: Any, send: Any, eventually: Any
+) -> None:
+    """A retry merges the commits that stood there when it was asked for; what is not there is said at once."""
+    bot = commanded_bot
+    repo_id, _ = push_adapter("ada/one-of-two")
+    other, sha = push_adapter("ada/two-of-two")
+    for text in (
+        f"@merge-adapter merge --adapter {other} --weight 0.5 --weight 0.5",
+        "@merge-adapter merge --adapter ada/never-was",
+        f"@merge-adapter merge --adapter {other} --weight 0.5",
+    ):
+        with commented(api, repo_id, text) as event:
+            send(bot.webhook_url, event)
+        settled(bot, eventually)
+    (job,) = list_jobs(bot.queue.store)
+    assert job.request.options.adapters == (f"{other}@{sha}",) and job.request.options.weights == (0.5, 0.5)
+    notes = [row["note"] for row in bot.queue.store.read("SELECT note FROM events ORDER BY id")]
+    assert "ada/never-was" in notes[1] and "2 adapters but 1 weights" in notes[2]
 
 
 def test_the_hub_down_for_a_while_loses_nothing(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from merge_adapter.bot.jobs import Job, JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.jobs import Job, JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.runners.base import REPORT_FILE, Interrupted, Watch, arguments_of, outcome_of
@@ -27,6 +27,7 @@ from merge_adapter.errors import HubError, InputError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.errors import RefusedError
 from merge_adapter.hub.jobs import Flavour, amount, hardware
+from merge_adapter.types import CombinationType, QuantizedBase, SoftPrompt
 
 CHEAP = Flavour("cpu-basic", 16 * 10**9, 50 * 10**9, gpu=False, dollars_per_hour=0.01)
 LARGE = Flavour("cpu-xl", 124 * 10**9, None, gpu=False, dollars_per_hour=1.0)
@@ -68,6 +69,7 @@ def test_the_cheapest_hardware_that_fits_is_chosen() -> None:
         (6, {"error": {"type": "PolicyError", "message": "gated", "hint": ""}}, JobState.REFUSED, "gated"),
         (5, {"error": {"type": "HubError", "message": "away", "hint": ""}}, JobState.FAILED, "away"),
         (5, {"error": {"type": "RefusedError", "message": "403", "hint": ""}}, JobState.REFUSED, "403"),
+        (2, {"error": {"type": "StorageError", "message": "full", "hint": ""}}, JobState.FAILED, "full"),
         (1, {}, JobState.FAILED, "last line"),
         (-9, {}, JobState.FAILED, "signal 9"),
         (130, {}, JobState.FAILED, "last line"),
@@ -87,9 +89,26 @@ def test_arguments_carry_choices_and_no_secret(tmp_path: Path) -> None:
     assert lease is not None
     arguments = arguments_of(lease.job, BotSettings(token="hf_x", allow_base=("meta/*",)), device="cuda:1")
     assert " ".join(arguments) == (
-        f"run ada/x@{'a' * 40} --allow-base meta/* --private --subfolder lora --base-model meta/x "
-        "--target-repo ada/y --license mit --device cuda:1 --json"
+        f"run ada/x@{'a' * 40} --allow-base meta/* --private --subfolder lora --target-repo ada/y --license mit "
+        "--device cuda:1 --base-model meta/x --json"
     )
+    more = JobOptions(
+        adapters=("ada/two@v1",),
+        weights=(1.0, -0.5),
+        combination=CombinationType.TIES,
+        density=0.4,
+        quantized_base=QuantizedBase.ORIGINAL,
+        soft_prompt=SoftPrompt.TOKENS,
+        merged="ada/m",
+    )
+    combined = replace(lease.job.request, subfolder="", options=more)
+    common = "--adapter ada/two@v1 --weight=1 --weight=-0.5 --device auto --quantized-base original --combination ties"
+    run, verify = (
+        " ".join(arguments_of(replace(lease.job, request=replace(combined, kind=kind)), BotSettings()))
+        for kind in (JobKind.MERGE, JobKind.VERIFY)
+    )
+    assert run == f"run ada/x@{'a' * 40} {common} --density 0.4 --soft-prompt tokens --json"
+    assert verify == f"verify ada/m --adapter ada/x@{'a' * 40} {common} --density 0.4 --json"
     store.close()
 
 

@@ -39,22 +39,30 @@ class Candidate:
     """A folder of that name must not be taken for it."""
     named: bool = False
     """The inputs name it; otherwise it was found."""
+    subfolder: str = ""
+    """Where it was found in its repository on the Hub; else the input subfolder counts."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in the log, in summaries and in outputs."""
+        return f"{self.reference}/{self.subfolder}" if self.subfolder else self.reference
 
     @property
     def name(self) -> str:
         """Its own name without owner, path and revision; "" at the root of the repository."""
         if self.folder is not None:
             return self.folder.name
-        return self.reference.partition("@")[0].rstrip("/").rpartition("/")[2]
+        own = self.reference.partition("@")[0].rstrip("/").rpartition("/")[2]
+        return "-".join((own, *self.subfolder.split("/"))) if self.subfolder else own
 
     @property
     def slug(self) -> str:
         """A name for files, different for different references."""
-        plain = self.reference.removeprefix("./").replace("/", "--")
+        plain = self.label.removeprefix("./").replace("/", "--")
         clean = _UNFIT.sub("-", plain).strip("-.") or "adapter"
         if clean == plain and len(clean) <= 80:
             return clean
-        return f"{clean[:80]}-{sha256(self.reference.encode()).hexdigest()[:8]}"
+        return f"{clean[:80]}-{sha256(self.label.encode()).hexdigest()[:8]}"
 
 
 def find_candidates(
@@ -144,25 +152,21 @@ def _reference(folder: PurePosixPath) -> str:
 
 
 def _watched(watch: str, hub: Hub) -> tuple[Candidate, ...] | Nothing:
-    """The adapters of an author, or of a collection (`owner/title-hash`)."""
-    from merge_adapter.hub.catalogue import adapters_of, models_in_collection
+    """The adapters of an author, or of a collection (`owner/title-hash`): in each repository every folder with one."""
+    from merge_adapter.hub.catalogue import adapter_folders, adapters_of, models_in_collection
 
     if not _AUTHOR_OR_COLLECTION.fullmatch(watch) or ".." in watch:
         raise InputError(
             f"the input watch is {watch!r}, neither an author nor a collection",
             hint="Write an author as `owner`, a collection as its address has it: `owner/title-hash`.",
         )
-    if "/" in watch:
-        found = tuple(
-            model
-            for model in models_in_collection(hub, watch)
-            if any(path.endswith(ADAPTER_CONFIG) for path in hub.open(model).files)
-        )
-    else:
-        found = adapters_of(hub, watch)
-    if not found:
-        return Nothing(f"{watch} has no adapters on the Hub.")
-    return tuple(Candidate(reference, hub_only=True) for reference in found)
+    models = models_in_collection(hub, watch) if "/" in watch else adapters_of(hub, watch)
+    found = tuple(
+        Candidate(model, hub_only=True, subfolder=folder)
+        for model in models
+        for folder in adapter_folders(hub.open(model).files)
+    )
+    return found or Nothing(f"{watch} has no adapters on the Hub.")
 
 
 def _unique(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:

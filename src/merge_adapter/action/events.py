@@ -21,14 +21,22 @@ _OPTIONS = frozenset(
     {
         "base-model",
         "base-revision",
+        "combination",
+        "combine-with",
+        "density",
         "dtype",
         "license",
+        "majority-sign",
         "path-in-repo",
         "private",
         "quantized-base",
+        "seed",
+        "soft-prompt",
         "strategy",
         "subfolder",
+        "svd-rank",
         "target-repo",
+        "weights",
     }
 )
 """Inputs that `client_payload` may set. Not those that widen trust, name files of the runner, or skip the gate."""
@@ -210,15 +218,23 @@ def _inputs(payload: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         name = str(key).replace("_", "-")
         if value is None or value == "":
             continue
-        if name not in _OPTIONS or not isinstance(value, str | bool | int):
+        if name not in _OPTIONS or not isinstance(value, str | bool | int | float):
             raise InputError(
                 f"the event sets {name!r}, which is not for an event to set",
                 hint=f"client_payload.options may hold: {', '.join(sorted(_OPTIONS))}.",
             )
         if name == "base-model" and not _HUB_ID.fullmatch(str(value)):
             raise InputError(f"the event names {value!r} as the base model, expected a Hub id, owner/name")
+        if name == "combine-with":
+            value = "\n".join(_more(line) for line in str(value).splitlines() if line.strip())
         found.append((name, str(value).lower() if isinstance(value, bool) else str(value)))
     return tuple(found)
+
+
+def _more(line: str) -> str:
+    """One more adapter, `owner/name` or `owner/name@revision`."""
+    name, at, revision = line.strip().partition("@")
+    return _reference(name, revision if at else None)
 
 
 def _sha(value: object, field: str) -> str | None:

@@ -130,10 +130,10 @@ def _attach(github: GitHub, release: int, result: Result, runner: Runner, file: 
 
 def _issue(telling: _Telling, github: GitHub, result: Result, runner: Runner) -> None:
     """An open issue for as long as the scheduled merge of one adapter fails."""
-    marker = f"<!-- merge-adapter schedule: {_hash(result.candidate.reference.partition('@')[0])} -->"
+    marker = f"<!-- merge-adapter schedule: {_hash(_stable(result.candidate))} -->"
     name = _plain(result.candidate)
     if not result.exit_code:
-        farewell = f"The merge of {code(result.candidate.reference)} works again: {runner.run_url}"
+        farewell = f"The merge of {code(result.candidate.label)} works again: {runner.run_url}"
         telling.attempt(lambda: github.close_issue(marker, farewell))
         return
     what = (
@@ -167,6 +167,12 @@ def _hash(text: str) -> str:
     return sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
+def _stable(candidate: Candidate) -> str:
+    """The adapter, whichever commit of it."""
+    repository = candidate.reference.partition("@")[0]
+    return f"{repository}/{candidate.subfolder}" if candidate.subfolder else repository
+
+
 def _plain(candidate: Candidate) -> str:
     """The adapter's name for titles, which GitHub shows as plain text but searches for mentions."""
-    return _UNFIT.sub("-", candidate.reference)[:100].replace("@", " at ")
+    return _UNFIT.sub("-", candidate.label)[:100].replace("@", " at ")

@@ -6,17 +6,28 @@ passes the same by `env:`; a shell drops names that hold a hyphen, so an undersc
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
 from merge_adapter.errors import InputError
-from merge_adapter.types import DType, OnFail, PublishTo, QuantizedBase, Strategy
+from merge_adapter.types import (
+    Combination,
+    CombinationType,
+    DType,
+    MajoritySign,
+    OnFail,
+    PublishTo,
+    QuantizedBase,
+    SoftPrompt,
+    Strategy,
+)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -25,6 +36,13 @@ NAMES = (
     "base-model",
     "base-revision",
     "subfolder",
+    "combine-with",
+    "weights",
+    "combination",
+    "density",
+    "majority-sign",
+    "svd-rank",
+    "seed",
     "path",
     "watch",
     "publish",
@@ -38,6 +56,7 @@ NAMES = (
     "device",
     "strategy",
     "quantized-base",
+    "soft-prompt",
     "trust-remote-code",
     "verify",
     "probe-tokens",
@@ -65,6 +84,9 @@ class Inputs:
     base_model: str | None = None
     base_revision: str | None = None
     subfolder: str = ""
+    combine_with: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    combination: Combination = field(default_factory=Combination)
     path: str = "."
     watch: str | None = None
     publish: PublishTo = PublishTo.PULL_REQUEST
@@ -78,6 +100,7 @@ class Inputs:
     device: str = "auto"
     strategy: Strategy = Strategy.AUTO
     quantized_base: QuantizedBase = QuantizedBase.REFUSE
+    soft_prompt: SoftPrompt = SoftPrompt.REFUSE
     trust_remote_code: bool = False
     verify: bool = True
     probe_tokens: int | None = None
@@ -112,6 +135,9 @@ def read_inputs(
         base_model=given.get("base-model"),
         base_revision=given.get("base-revision"),
         subfolder=given.get("subfolder", ""),
+        combine_with=tuple(_lines(given, "combine-with")),
+        weights=tuple(_number(text, "weights") for text in _lines(given, "weights")),
+        combination=_combination(given),
         path=given.get("path", "."),
         watch=given.get("watch"),
         publish=_choice(given, "publish", PublishTo.PULL_REQUEST),
@@ -125,6 +151,7 @@ def read_inputs(
         device=_device(given),
         strategy=_choice(given, "strategy", Strategy.AUTO),
         quantized_base=_choice(given, "quantized-base", QuantizedBase.REFUSE),
+        soft_prompt=_choice(given, "soft-prompt", SoftPrompt.REFUSE),
         trust_remote_code=bool(_switch(given, "trust-remote-code", default=False)),
         verify=bool(_switch(given, "verify", default=True)),
         probe_tokens=_probe_tokens(given),
@@ -186,6 +213,7 @@ def _check_together(inputs: Inputs) -> None:
             "the inputs adapter and watch exclude each other: one names adapters, the other looks for them",
             hint="Keep one of the two.",
         )
+    _check_combined(inputs)
     if not inputs.verify and (inputs.probe_tokens is not None or inputs.probes is not None):
         raise InputError(
             "probe-tokens and probes say how to verify, but verify is false",
@@ -207,6 +235,51 @@ def _check_together(inputs: Inputs) -> None:
         raise InputError(
             "base-revision without base-model does not fit watch: the adapters found may have different bases"
         )
+
+
+def _check_combined(inputs: Inputs) -> None:
+    """combine-with belongs to one adapter: several lines in `adapter` are several merges."""
+    if inputs.combine_with and (inputs.watch or len(inputs.adapters) > 1):
+        raise InputError(
+            "combine-with names adapters that are merged into one model with another, but several others are named",
+            hint="Name one adapter in the input adapter, and the rest in combine-with; leave watch out.",
+        )
+    expected = 1 + len(inputs.combine_with)
+    if inputs.weights and len(inputs.weights) != expected:
+        raise InputError(
+            f"weights has {len(inputs.weights)} numbers, expected {expected}: one for the adapter, and one for each "
+            "line of combine-with",
+            hint="Write them in that order, one a line; or leave weights out for 1 each.",
+        )
+
+
+def _combination(given: Mapping[str, str]) -> Combination:
+    return Combination(
+        _choice(given, "combination", CombinationType.SEQUENTIAL),
+        _number(given["density"], "density") if "density" in given else None,
+        _choice(given, "majority-sign", MajoritySign.TOTAL),
+        _whole(given, "svd-rank", None),
+        _whole(given, "seed", 0) or 0,
+    )
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"the input {name} has {text!r}, expected a number")
+    return number
+
+
+def _whole(given: Mapping[str, str], name: str, default: int | None) -> int | None:
+    value = given.get(name)
+    if value is None:
+        return default
+    if not value.isdecimal():
+        raise InputError(f"the input {name} is {value!r}, expected a whole number")
+    return int(value)
 
 
 def _lines(given: Mapping[str, str], name: str) -> list[str]:

@@ -154,7 +154,7 @@ def _work(step: Step, stack: ExitStack) -> Sequence[Result] | Nothing:
         return found
     _check_several(found, step.inputs)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-action-")))
-    step.log.line(f"{len(found)} to merge: {', '.join(candidate.reference for candidate in found)}")
+    step.log.line(f"{len(found)} to merge: {', '.join(candidate.label for candidate in found)}")
     done: list[Result] = []
     for candidate in found:
         done.append(merge_one(step, candidate, scratch))
@@ -181,7 +181,7 @@ def _check_several(found: Sequence[Candidate], inputs: Inputs) -> None:
 
 def _annotate(log: Log, result: Result) -> None:
     """The outcome at the top of the run's page."""
-    name = result.candidate.reference
+    name = result.candidate.label
     if isinstance(result, Failed):
         log.annotate(Level.ERROR, f"{result.message}\n{result.hint}".strip(), title=f"{name} was not merged")
         return

@@ -57,12 +57,19 @@ def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
     started = time.monotonic()
     log = step.log
     try:
-        with log.group(f"Merge {candidate.reference}"), log.foreign():
+        with log.group(f"Merge {candidate.label}"), log.foreign():
             return _run_pipeline(step, candidate, scratch, started)
     except MergeAdapterError as error:
-        return Failed(candidate, error.message, error.hint, int(error.exit_code), time.monotonic() - started)
+        return Failed(
+            candidate,
+            error.message,
+            error.hint,
+            int(error.exit_code),
+            time.monotonic() - started,
+            error_type=type(error).__name__,
+        )
     except Exception as error:  # noqa: BLE001  # a bug with one adapter is no reason to drop the others
-        with log.group(f"What went wrong with {candidate.reference}"):
+        with log.group(f"What went wrong with {candidate.label}"):
             log.line(traceback.format_exc())
         return Failed(
             candidate,
@@ -70,6 +77,7 @@ def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
             "Please report it with the lines of the log: https://github.com/merge-adapter/merge-adapter/issues",
             int(ExitCode.BUG),
             time.monotonic() - started,
+            error_type=type(error).__name__,
         )
 
 
@@ -113,17 +121,20 @@ def _request(inputs: Inputs, candidate: Candidate) -> MergeRequest:
     from merge_adapter.verify.settings import VerifySettings
 
     source = SourceRequest(
-        (candidate.reference,),
-        (),
+        (candidate.reference, *inputs.combine_with),
+        inputs.weights,
         inputs.base_model,
         inputs.base_revision,
-        inputs.subfolder,
+        candidate.subfolder or inputs.subfolder,
+        inputs.combination,
+        inputs.soft_prompt,
         local_paths=not candidate.hub_only,
     )
     settings = MergeSettings(
         dtype=inputs.dtype,
         strategy=inputs.strategy,
         quantized_base=inputs.quantized_base,
+        soft_prompt=inputs.soft_prompt,
         trust_remote_code=inputs.trust_remote_code,
     )
     gate = VerifySettings(

@@ -69,6 +69,8 @@ class Failed:
     hint: str
     exit_code: int
     seconds: float
+    error_type: str = ""
+    """Name of the error's class: a refusal and a fault of the network share an exit code."""
 
     @property
     def outcome(self) -> str:
@@ -101,11 +103,12 @@ def entry(result: Result) -> dict[str, Any]:
     """One adapter in the output `results`."""
     base = {
         "adapter": result.candidate.reference,
+        "subfolder": result.candidate.subfolder,
         "verdict": result.outcome,
         "exit-code": int(result.exit_code),
     }
     if isinstance(result, Failed):
-        return {**base, "error": result.message, "hint": result.hint}
+        return {**base, "error": result.message, "hint": result.hint, "error-type": result.error_type}
     publication = result.publication
     return {
         **base,

@@ -27,7 +27,7 @@ _REASONS = 12
 
 def section(result: Result) -> str:
     """Everything about one adapter."""
-    heading = f"### {_SIGNS[result.outcome]}: {code(result.candidate.reference)}"
+    heading = f"### {_SIGNS[result.outcome]}: {code(result.candidate.label)}"
     if isinstance(result, Failed):
         return "\n\n".join((heading, _why(result)))
     parts = [
@@ -45,7 +45,7 @@ def overview(results: Sequence[Result]) -> str:
     """One row for each adapter; for several."""
     rows = [
         (
-            code(result.candidate.reference),
+            code(result.candidate.label),
             _SIGNS[result.outcome],
             _place(result) if isinstance(result, Finished) else prose(result.message),
         )

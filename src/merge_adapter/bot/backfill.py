@@ -77,7 +77,7 @@ def carry_out(
 def _submit(todo: list[Candidate], store: Store, settings: BotSettings) -> list[str]:
     """Ids of the jobs, those that were there already among them."""
     queue = queue_for(store, settings)
-    names = "\n".join(f"{one.repo_id}@{one.revision}" for one in todo)
+    names = "\n".join(f"{one.repo_id}@{one.revision} {one.subfolder}" for one in todo)
     batch = hashlib.sha256(names.encode()).hexdigest()[:12]
     futures = [queue.submit_soon(one.request(batch=batch)) for one in todo]
     submissions = [future.result() for future in futures]

@@ -82,7 +82,7 @@ def _carry_out(
     handlers = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def told(job: Job) -> None:
-        console.print(Text(f"{job.request.adapter}: {job.state.value} {job.message}".rstrip()))
+        console.print(Text(f"{job.request.place}: {job.state.value} {job.message}".rstrip()))
 
     try:
         return carry_out(candidates, settings, parallel=parallel, stop=stop, told=told)
@@ -104,7 +104,8 @@ def _table(candidates: tuple[Candidate, ...], settings: BotSettings, hub: Hub) -
         if flavours:
             cells.append(Text(_price(one, settings, flavours) if todo else ""))
         state = Text(one.standing.value, style=_STYLE[one.standing])
-        table.add_row(Text(one.repo_id), Text(one.base), state, *cells, Text(one.note))
+        name = f"{one.repo_id}/{one.subfolder}" if one.subfolder else one.repo_id
+        table.add_row(Text(name), Text(one.base), state, *cells, Text(one.note))
     return table
 
 
@@ -141,6 +142,7 @@ def _document(candidates: tuple[Candidate, ...], summary: Summary | None) -> dic
             {
                 "id": one.repo_id,
                 "revision": one.revision or None,
+                "subfolder": one.subfolder,
                 "base": one.base or None,
                 "state": one.standing.value,
                 "note": one.note,
@@ -155,6 +157,7 @@ def _document(candidates: tuple[Candidate, ...], summary: Summary | None) -> dic
             {
                 "id": job.id,
                 "adapter": job.request.adapter,
+                "subfolder": job.request.subfolder,
                 "state": job.state.value,
                 "message": job.message,
                 "publication": dict(job.publication) if job.publication else None,

@@ -12,10 +12,14 @@ from merge_adapter.errors import InputError
 
 USAGE = (
     "`merge [--base-model ID] [--base-revision REV] [--dtype DTYPE] [--strategy STRATEGY] [--target-repo ID] "
-    "[--license ID] [--private true] [--subfolder PATH]` or `verify OWNER/MERGED[@REVISION]`"
+    "[--license ID] [--private true] [--subfolder PATH] [--quantized-base KIND] [--soft-prompt tokens] "
+    "[--adapter ID]… [--weight W]… [--combination KIND] [--density PART] [--svd-rank R]` "
+    "or `verify OWNER/MERGED[@REVISION]`"
 )
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _LONGEST_LINE = 1000
+_REPEATED = {"adapter": "adapters", "weight": "weights"}
+"""Options that may stand there several times, as on the command line, and their names in `JobOptions`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def _parse(kind: JobKind, arguments: str) -> Command:
     if len(positional) != 1:
         raise InputError("verify takes the merged checkpoint to judge", hint=f"Write {USAGE}.")
     merged, revision = choices.reference(positional[0], what="merged checkpoint")
-    for name in ("target_repo", "license", "private", "strategy"):
+    for name in ("target_repo", "license", "private", "strategy", "soft_prompt"):
         if name in chosen:
             raise InputError(f"verify has no option {name.replace('_', '-')}", hint=f"Write {USAGE}.")
     options = choices.options_from(chosen)
@@ -78,5 +82,7 @@ def _sort(words: list[str]) -> tuple[dict[str, str], list[str]]:
         value = value if equals else next(waiting, "")
         if not value or value.startswith("--"):
             raise InputError(f"--{name[:40]} has no value", hint=f"Write {USAGE}.")
-        chosen[name.replace("-", "_")] = value
+        name = _REPEATED.get(name, name.replace("-", "_"))
+        repeated = name in _REPEATED.values() and name in chosen
+        chosen[name] = f"{chosen[name]},{value}" if repeated else value
     return chosen, positional

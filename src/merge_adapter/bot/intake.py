@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,30 @@ from merge_adapter.bot.answers import accepted_text, marker_of, refused_text
 from merge_adapter.bot.commands import Command, find_command
 from merge_adapter.bot.events import CommentEvent, PushEvent
 from merge_adapter.bot.inbox import Inbox, Pending
-from merge_adapter.bot.jobs import JobRequest, Reply, Source
+from merge_adapter.bot.jobs import JobOptions, JobRequest, Reply, Source
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.queue import Duplicate, OverLimit, Submission, Submitted
 from merge_adapter.bot.settings import BotSettings
-from merge_adapter.errors import InputError, MergeAdapterError, NotFoundError, PolicyError, RemoteError
+from merge_adapter.bot.sources import source_of
+from merge_adapter.errors import (
+    InputError,
+    MergeAdapterError,
+    NotFoundError,
+    PolicyError,
+    RemoteError,
+    UnmergeableError,
+)
+from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.hub.conversations import Comment, members, read_comments, say_once
 from merge_adapter.hub.errors import RefusedError, status_of
 from merge_adapter.hub.repository import HubRepository
+from merge_adapter.resolve import resolve
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
     from merge_adapter.hub import Hub
 
-ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.")
 """How the names begin of the files that make an adapter: a push that changes none of them is not one."""
 _MOST_ADAPTERS = 50
@@ -158,7 +168,7 @@ class Intake:
                 self.inbox.settle(pending, "no command in the comment")
                 return
             request = self._commanded(event, comment, command)
-        except (InputError, PolicyError) as error:
+        except (InputError, PolicyError, UnmergeableError) as error:
             self._say(event, refused_text(error, comment.author), f"{event.comment_id}-refused")
             self.inbox.settle(pending, error.message)
             return
@@ -181,18 +191,20 @@ class Intake:
                 f"the target {target} belongs to somebody else",
                 hint="Name a repository of this adapter's owner.",
             )
-        return JobRequest(
+        request = JobRequest(
             adapter=head.repo_id,
             revision=head.revision,
             source=Source.COMMENT,
             kind=command.kind,
             subfolder=folders[0],
-            options=command.options,
+            options=pinned(command.options, self.hub),
             requested_by=comment.author,
             private=head.private,
             reply=Reply(event.repo_id, event.number),
             observed=observed,
         )
+        self._check_audience(request)
+        return request
 
     def _read(self, event: CommentEvent) -> Comment | None:
         comments = read_comments(self.hub, event.repo_id, event.number)
@@ -203,11 +215,36 @@ class Intake:
         owner, name = repo_id.partition("/")[0].lower(), author.lower()
         if name == owner or name in {one.lower() for one in self.settings.maintainers}:
             return
-        if self.settings.members_may_command and name in members(self.hub, owner):
+        found = members(self.hub, owner)
+        if name in (found.all if self.settings.members_may_command else found.writers):
             return
+        unsure = name in found.all and not found.writers
+        why = "; the Hub does not tell this bot who of its members may" if unsure else ""
         raise PolicyError(
-            f"only those who may write to {repo_id} can give commands here",
-            hint="The bot's owner can add you to its maintainers.",
+            f"only those who may write to {repo_id} can give commands here{why}",
+            hint="The bot's owner can add you to its maintainers"
+            + (", or set members_may_command." if unsure else "."),
+        )
+
+    def _check_audience(self, request: JobRequest) -> None:
+        """Raises PolicyError when a closed source would reach the readers of a target that the asker names.
+
+        Naming a target vouches for its readers where the namer's own token reads the sources. Here it is the bot's,
+        which may read what the asker may not.
+        """
+        target = request.options.target_repo
+        if not target:
+            return
+        from merge_adapter.publish import policy
+
+        sources = resolve(source_of(request), hub=self.hub, quantized_base=request.options.quantized_base)
+        opened = [*(one.repository for one in sources.adapters), sources.base.repository]
+        policy.check_audience(
+            [policy.inspect("source", one)[0] for one in opened],
+            owner=target.partition("/")[0],
+            user="",
+            named_by_user=False,
+            allow_base=self.settings.allow_base,
         )
 
     def _accept(self, pending: Pending, event: CommentEvent, request: JobRequest) -> None:
@@ -230,6 +267,21 @@ class Intake:
         say_once(self.hub, event.repo_id, event.number, f"{text}\n\n{marker}", marker=marker)
 
 
+def pinned(options: JobOptions, hub: Hub) -> JobOptions:
+    """The options with every further adapter at the commit that its reference names now: a retry merges the same."""
+    if options.weights and len(options.weights) != 1 + len(options.adapters):
+        raise InputError(
+            f"{1 + len(options.adapters)} adapters but {len(options.weights)} weights were given",
+            hint="Give one for each, that of this repository's adapter first; or none.",
+        )
+    found = []
+    for reference in options.adapters:
+        name, _, revision = reference.partition("@")
+        opened = hub.open(name, revision=revision or None)
+        found.append(f"{opened.repo_id}@{opened.revision}")
+    return replace(options, adapters=tuple(found))
+
+
 def too_many(found: OverLimit) -> PolicyError:
     """What an asker is told who has as many open jobs as one may have."""
     return PolicyError(
@@ -241,17 +293,6 @@ def too_many(found: OverLimit) -> PolicyError:
 def is_final(error: RemoteError) -> bool:
     """Whether asking the Hub again would change nothing. A token that it does not know may be replaced."""
     return isinstance(error, RefusedError) and status_of(error) != HTTPStatus.UNAUTHORIZED
-
-
-def adapter_folders(files: Iterable[str]) -> tuple[str, ...]:
-    """Where in a repository its adapters lie, "" for the root. Beside one at the root others do not count: they are
-    what training left on its way there."""
-    found = tuple(sorted(path.removesuffix(ADAPTER_CONFIG) for path in files if _is_config(path)))
-    return ("",) if "" in found else tuple(folder.removesuffix("/") for folder in found)
-
-
-def _is_config(path: str) -> bool:
-    return path == ADAPTER_CONFIG or path.endswith(f"/{ADAPTER_CONFIG}")
 
 
 def _blobs(entries: Mapping[str, RepoFile], folder: str) -> dict[str, str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from merge_adapter.errors import ExitCode
-from merge_adapter.types import DType, Strategy
+from merge_adapter.publish.target import default_name
+from merge_adapter.types import CombinationType, DType, QuantizedBase, SoftPrompt, Strategy
 
 
 class JobKind(StrEnum):
@@ -80,6 +81,15 @@ class JobOptions:
     target_repo: str | None = None
     private: bool | None = None
     license: str | None = None
+    quantized_base: QuantizedBase = QuantizedBase.REFUSE
+    soft_prompt: SoftPrompt = SoftPrompt.REFUSE
+    adapters: tuple[str, ...] = ()
+    """More adapters, merged together with the job's own: `owner/name@sha`."""
+    weights: tuple[float, ...] = ()
+    """One per adapter, the job's own first; empty: 1 each."""
+    combination: CombinationType = CombinationType.SEQUENTIAL
+    density: float | None = None
+    svd_rank: int | None = None
     merged: str | None = None
     """For VERIFY: the checkpoint to judge, `owner/name` or `owner/name@revision`."""
 
@@ -91,13 +101,23 @@ class JobOptions:
     @classmethod
     def from_json(cls, text: str) -> JobOptions:
         parsed: dict[str, Any] = json.loads(text)
-        for key, kind in (("dtype", DType), ("strategy", Strategy)):
+        for key, kind in _KINDS.items():
             if key in parsed:
                 parsed[key] = kind(parsed[key])
         return cls(**parsed)
 
 
 _DEFAULTS = JobOptions()
+_KINDS: Mapping[str, Callable[[Any], Any]] = {
+    "dtype": DType,
+    "strategy": Strategy,
+    "quantized_base": QuantizedBase,
+    "soft_prompt": SoftPrompt,
+    "combination": CombinationType,
+    "adapters": tuple,
+    "weights": tuple,
+}
+"""What JSON does not keep."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +155,17 @@ class JobRequest:
     """When the Hub was asked which commit the ref names, seconds since the epoch."""
 
     @property
+    def place(self) -> str:
+        """The adapter for people: its repository, and its folder there."""
+        return f"{self.adapter}/{self.subfolder}" if self.subfolder else self.adapter
+
+    @property
     def target(self) -> str:
-        """The repository that will be written, `<adapter>-merged` unless chosen. One job at a time per target."""
+        """The repository that will be written unless another is chosen. One job at a time per target."""
         if self.kind is JobKind.VERIFY:
             return f"verify:{self.options.merged}"
-        return self.options.target_repo or f"{self.adapter}-merged"
+        owner = self.adapter.partition("/")[0]
+        return self.options.target_repo or f"{owner}/{default_name(self.adapter, self.subfolder)}"
 
     @property
     def dedupe(self) -> str:

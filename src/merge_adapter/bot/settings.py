@@ -53,7 +53,9 @@ class BotSettings:
     )
     maintainers: tuple[str, ...] = _knob((), "Users who may command the bot in every watched repository.")
     members_may_command: bool = _knob(
-        default=True, text="Whether the members of an organisation may command the bot in its repositories."
+        default=False,
+        text="Whether every member of an organisation may command the bot in its repositories; otherwise those whom "
+        "the Hub tells it to have the role write or admin.",
     )
     allow_base: tuple[str, ...] = _knob(
         (), "Accept only these base models, such as meta-llama/*; empty: all."

@@ -12,6 +12,7 @@ from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import MergeAdapterError, RemoteError
 from merge_adapter.hub import Hub, HubRepository
+from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.plan import make_plan
 from merge_adapter.publish import PublishSettings, find_published, prepare
 from merge_adapter.publish.policy import inspect
@@ -88,31 +89,52 @@ def survey(
     threads: int = 8,
     told: Callable[[Candidate], None] = lambda _: None,
 ) -> tuple[Candidate, ...]:
-    """Look at every adapter, several at a time; the result is in the order given. Failures are candidates too."""
+    """Look at every adapter, several at a time; the result is in the order given. Failures are candidates too.
+
+    A repository without an adapter at its root has a candidate for each folder that holds one, as pushes have.
+    """
 
     remembering = _RememberingHub(hub)
 
-    def look(repo_id: str) -> Candidate:
-        candidate = _look(repo_id, remembering, settings)
-        told(candidate)
-        return candidate
+    def look(repo_id: str) -> tuple[Candidate, ...]:
+        candidates = _look(repo_id, remembering, settings)
+        for candidate in candidates:
+            told(candidate)
+        return candidates
 
     with ThreadPoolExecutor(threads, thread_name_prefix="survey") as pool:
-        return tuple(pool.map(look, repo_ids))
+        return tuple(candidate for found in pool.map(look, repo_ids) for candidate in found)
 
 
-def _look(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
-    try:
-        return _plan(repo_id, hub, settings)
-    except RemoteError as error:
-        return Candidate(repo_id, Standing.UNKNOWN, error.message)
-    except MergeAdapterError as error:
-        return Candidate(repo_id, Standing.REFUSED, error.message)
-
-
-def _plan(repo_id: str, hub: Hub, settings: BotSettings) -> Candidate:
+def _look(repo_id: str, hub: Hub, settings: BotSettings) -> tuple[Candidate, ...]:
     observed = time.time()
-    sources = resolve(SourceRequest((repo_id,), local_paths=False), hub=hub)
+    try:
+        head = hub.open(repo_id)
+    except MergeAdapterError as error:
+        return (_failed(repo_id, "", error),)
+    folders = adapter_folders(head.files) or ("",)
+    return tuple(_look_at(head.repo_id, head.revision, folder, observed, hub, settings) for folder in folders)
+
+
+def _look_at(
+    repo_id: str, revision: str, subfolder: str, observed: float, hub: Hub, settings: BotSettings
+) -> Candidate:
+    try:
+        return _plan(repo_id, revision, subfolder, observed, hub, settings)
+    except MergeAdapterError as error:
+        return _failed(repo_id, subfolder, error)
+
+
+def _failed(repo_id: str, subfolder: str, error: MergeAdapterError) -> Candidate:
+    standing = Standing.UNKNOWN if isinstance(error, RemoteError) else Standing.REFUSED
+    return Candidate(repo_id, standing, error.message, subfolder=subfolder)
+
+
+def _plan(
+    repo_id: str, revision: str, subfolder: str, observed: float, hub: Hub, settings: BotSettings
+) -> Candidate:
+    source = SourceRequest((f"{repo_id}@{revision}",), subfolder=subfolder, local_paths=False)
+    sources = resolve(source, hub=hub)
     origin = sources.adapter.repository.origin
     publishing = prepare(sources, MergeSettings(), PublishSettings(allow_base=settings.allow_base), hub=hub)
     published = find_published(sources, MergeSettings(), publishing, hub=hub)

@@ -41,6 +41,14 @@ def adapters_of(hub: Hub, author: str) -> tuple[str, ...]:
     )
 
 
+def adapter_folders(files: Iterable[str]) -> tuple[str, ...]:
+    """Where in a repository its adapters lie, "" for the root. Beside one at the root others do not count: they are
+    what training left on its way there."""
+    configs = [path for path in files if path.split("/")[-1] == ADAPTER_CONFIG]
+    found = tuple(sorted(path.removesuffix(ADAPTER_CONFIG).removesuffix("/") for path in configs))
+    return ("",) if "" in found else found
+
+
 def models_in_collection(hub: Hub, slug: str) -> tuple[str, ...]:
     """Ids of the models in a collection, in its order."""
     with hub.calling(f"read the collection {slug}"):

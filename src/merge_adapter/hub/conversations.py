@@ -53,19 +53,33 @@ def say_once(hub: Hub, repo_id: str, number: int, text: str, *, marker: str) -> 
         once(lambda: bool(hub.api.comment_discussion(repo_id, number, text)), look, hub.patience)
 
 
-def members(hub: Hub, organisation: str) -> frozenset[str]:
-    """Names, in lower case, of the members whom this account may see; empty when it is no organisation."""
+@dataclass(frozen=True)
+class Members:
+    """The members of an organisation, as far as this account may see them. Names are in lower case."""
+
+    all: frozenset[str]
+    writers: frozenset[str]
+    """Those of whom the Hub says that they may write to every repository (admin, write). It tells roles to some
+    accounts only, and a contributor's rights end at their own repositories."""
+
+
+_WRITERS = frozenset({"admin", "write"})
+
+
+def members(hub: Hub, organisation: str) -> Members:
+    """Who belongs to an organisation; nobody when there is none of that name."""
     try:
         with hub.calling(f"list the members of {organisation}", repo_id=organisation):
             listed = repeat(
-                lambda: [user.username.lower() for user in hub.api.list_organization_members(organisation)],
+                lambda: list(hub.api.list_organization_members(organisation)),
                 hub.patience,
             )
     except (HubError, NotFoundError) as error:
         if _says_missing(error):
-            return frozenset()
+            return Members(frozenset(), frozenset())
         raise
-    return frozenset(listed)
+    roles = {user.username.lower(): getattr(user, "role", None) for user in listed}
+    return Members(frozenset(roles), frozenset(name for name, role in roles.items() if role in _WRITERS))
 
 
 def is_organisation(hub: Hub, name: str) -> bool:

@@ -62,7 +62,7 @@ class PublishSettings:
 
     publish_to: PublishTo = PublishTo.PULL_REQUEST
     target_repo: str | None = None
-    """`owner/name`; None means `<adapter>-merged`."""
+    """`owner/name`; None means `<adapter>-merged`, or `<repository>-<folder>-merged` where it lies in a folder."""
     private: bool | None = None
     """Of a repository that has to be created; None: private exactly when a source is private or gated."""
     path_in_repo: str | None = None

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
 
 from merge_adapter.bot.app import Parts
-from merge_adapter.bot.intake import adapter_folders, too_many
+from merge_adapter.bot.intake import pinned, too_many
 from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages.forms import Wish, read_wish
@@ -19,6 +19,7 @@ from merge_adapter.bot.queue import OverLimit
 from merge_adapter.bot.rows import find_job
 from merge_adapter.errors import InputError, NotFoundError, PolicyError
 from merge_adapter.hub import Hub
+from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.hub.session import Patience
 
 _PATIENCE = Patience(attempts=2, first_wait=0.5)
@@ -106,7 +107,7 @@ def _request(wish: Wish, session: Session, parts: Parts) -> JobRequest:
         source=Source.PAGE,
         ref=f"refs/heads/{wish.revision or 'main'}",
         subfolder=folders[0],
-        options=wish.options,
+        options=pinned(wish.options, hub),
         requested_by=session.user,
         private=head.private,
         token=session.token,

@@ -14,7 +14,6 @@ from merge_adapter.bot.jobs import JobOptions
 from merge_adapter.errors import InputError
 
 _FIELDS = 40
-OPTION_FIELDS = ("base_model", "base_revision", "dtype", "strategy", "target_repo", "private", "license")
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,5 @@ def read_wish(form: Mapping[str, str]) -> Wish:
     for prefix in ("https://huggingface.co/", "https://hf.co/"):
         text = text.removeprefix(prefix)
     adapter, revision = choices.reference(text.rstrip("/"), what="adapter")
-    options = choices.options_from({name: form.get(name, "") for name in OPTION_FIELDS})
+    options = choices.options_from({name: form.get(name, "") for name in choices.NAMES})
     return Wish(adapter, revision, choices.subfolder(form.get("subfolder", "").strip()), options)

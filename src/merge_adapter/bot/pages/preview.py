@@ -11,11 +11,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.pages.forms import Wish
+from merge_adapter.bot.runners.base import combined, merge_options
 from merge_adapter.bot.runners.local import withheld
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import HubError, InputError
-from merge_adapter.types import DType, Strategy
 
 _SECONDS = 90.0
 _AT_ONCE = threading.BoundedSemaphore(2)
@@ -25,15 +26,10 @@ _AT_ONCE = threading.BoundedSemaphore(2)
 def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
     """What `merge-adapter plan --json` prints: the plan, or `error`. Raises HubError when it takes too long."""
     reference = f"{wish.adapter}@{wish.revision}" if wish.revision else wish.adapter
-    options = wish.options
-    chosen = {
-        "--subfolder": wish.subfolder,
-        "--base-model": options.base_model,
-        "--base-revision": options.base_revision,
-        "--dtype": options.dtype.value if options.dtype is not DType.AUTO else None,
-        "--strategy": options.strategy.value if options.strategy is not Strategy.AUTO else None,
-    }
+    request = JobRequest(wish.adapter, wish.revision or "", Source.PAGE, options=wish.options)
+    chosen = {"--subfolder": wish.subfolder, **merge_options(request)}
     arguments = [text for name, value in chosen.items() if value for text in (name, value)]
+    arguments += combined(wish.options)
     environment = {
         **{name: value for name, value in os.environ.items() if not withheld(name)},
         "HF_TOKEN": token,

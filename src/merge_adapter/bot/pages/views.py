@@ -21,7 +21,7 @@ from merge_adapter.report import document
 from merge_adapter.report.charts import histogram_svg, tensors_svg
 from merge_adapter.report.evidence import verdict_rows
 from merge_adapter.report.page import page as report_html
-from merge_adapter.types import DType, Strategy
+from merge_adapter.types import CombinationType, DType, QuantizedBase, Strategy
 
 _PAGE = 25
 _LOG_LINES = 200
@@ -44,6 +44,8 @@ def home(request: Request, session: Session, parts: Parts) -> HTMLResponse:
         adapter=request.query_params.get("adapter", "")[:200],
         dtypes=[one.value for one in DType],
         strategies=[one.value for one in Strategy],
+        combinations=[one.value for one in CombinationType],
+        references=[one.value for one in QuantizedBase],
     )
 
 

@@ -30,7 +30,7 @@ class RunResult:
 
     exit_code: int
     error: Mapping[str, str] | None
-    """`message` and `hint`, when no merge was made."""
+    """`message`, `hint` and `type`, when no merge was made."""
     report: Mapping[str, Any] | None
     """merge_report.json, when one was made."""
 
@@ -55,6 +55,7 @@ def read_result(archive: bytes, request: JobRequest) -> RunResult | None:
     error = None
     if isinstance(entry.get("error"), str):
         error = {"message": entry["error"], "hint": str(entry.get("hint") or "")}
+        error["type"] = str(entry.get("error-type") or "")
     return RunResult(exit_code, error, report if _fits(report, request) else None)
 
 

@@ -11,13 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_adapter.bot.jobs import Job, JobKind, JobState, Outcome, Stage, state_of_exit
+from merge_adapter.bot.jobs import (
+    Job,
+    JobKind,
+    JobOptions,
+    JobRequest,
+    JobState,
+    Outcome,
+    Stage,
+    state_of_exit,
+)
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import ExitCode, StorageError
 from merge_adapter.hub.access import redact
 from merge_adapter.hub.errors import RefusedError
 from merge_adapter.report.lines import parse_line
-from merge_adapter.types import DType, Strategy
+from merge_adapter.types import CombinationType, DType, QuantizedBase, SoftPrompt, Strategy
 
 LOG_FILE = "log.txt"
 REPORT_FILE = "report.json"
@@ -115,22 +124,50 @@ def arguments_of(job: Job, settings: BotSettings, *, device: str = "auto") -> li
             arguments += ["--allow-base", base]
         if options.private is not None:
             arguments.append("--private" if options.private else "--public")
-        if options.strategy is not Strategy.AUTO:
-            arguments += ["--strategy", options.strategy.value]
+    arguments += combined(options)
     chosen = {
         "--subfolder": request.subfolder,
-        "--base-model": options.base_model,
-        "--base-revision": options.base_revision,
-        "--dtype": options.dtype.value if options.dtype is not DType.AUTO else None,
         "--target-repo": options.target_repo,
         "--license": options.license,
         "--probe-tokens": str(settings.probe_tokens or ""),
         "--device": device,
+        **merge_options(request, verify=request.kind is JobKind.VERIFY),
     }
     for name, value in chosen.items():
         if value:
             arguments += [name, value]
     return [*arguments, "--json"]
+
+
+def combined(options: JobOptions) -> list[str]:
+    """The further adapters and all weights, as arguments."""
+    # A negative weight of its own would be read as an option.
+    more = [text for adapter in options.adapters for text in ("--adapter", adapter)]
+    return [*more, *(f"--weight={weight:g}" for weight in options.weights)]
+
+
+def merge_options(request: JobRequest, *, verify: bool = False) -> dict[str, str]:
+    """The options of the command line that say what is merged and how; those that are not chosen are left out."""
+    options = request.options
+    chosen = {
+        "--base-model": options.base_model,
+        "--base-revision": options.base_revision,
+        "--dtype": options.dtype,
+        "--quantized-base": options.quantized_base,
+        "--combination": options.combination,
+        "--density": None if options.density is None else f"{options.density:g}",
+        "--svd-rank": None if options.svd_rank is None else str(options.svd_rank),
+    }
+    if not verify:
+        chosen |= {"--strategy": options.strategy, "--soft-prompt": options.soft_prompt}
+    defaults = {
+        DType.AUTO,
+        Strategy.AUTO,
+        QuantizedBase.REFUSE,
+        SoftPrompt.REFUSE,
+        CombinationType.SEQUENTIAL,
+    }
+    return {name: str(value) for name, value in chosen.items() if value and value not in defaults}
 
 
 def outcome_of(exit_code: int, document: Mapping[str, Any] | None, *, last_line: str = "") -> Outcome:

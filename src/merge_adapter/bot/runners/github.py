@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from merge_adapter.bot.jobs import Job, JobKind, JobState, Outcome
 from merge_adapter.bot.runners import artifact
-from merge_adapter.bot.runners.base import Interrupted, Watch, keep_report, outcome_of
+from merge_adapter.bot.runners.base import Interrupted, Watch, keep_report, merge_options, outcome_of
 from merge_adapter.bot.settings import BotSettings
+from merge_adapter.bot.sources import settings_of, source_of
 from merge_adapter.errors import ExitCode, GitHubError, InputError
 from merge_adapter.github import GitHub, WorkflowRun
 from merge_adapter.hub import Hub
 from merge_adapter.publish import PublishSettings, find_published, prepare
 from merge_adapter.report.document import publication_entry
-from merge_adapter.resolve import SourceRequest, resolve
-from merge_adapter.types import MergeSettings
+from merge_adapter.resolve import resolve
 
 _APPEAR_SECONDS = 180.0
 """How long a run may take to appear after its dispatch."""
@@ -93,16 +93,21 @@ class GitHubRunner:
         return next((run for run in self._github.dispatched_runs(since) if named.search(run.title)), None)
 
     def _payload(self, job: Job, mark: str) -> dict[str, Any]:
-        request = job.request
-        chosen = {
-            name: value for name, value in asdict(request.options).items() if value not in (None, "auto")
+        request, options = job.request, job.request.options
+        chosen: dict[str, Any] = {
+            **{name.removeprefix("--"): value for name, value in merge_options(request).items()},
+            "target-repo": options.target_repo,
+            "license": options.license,
+            "private": options.private,
+            "combine-with": "\n".join(options.adapters),
+            "weights": "\n".join(f"{weight:g}" for weight in options.weights),
         }
         return {
             "job": mark,
             "adapter": request.adapter,
             "revision": request.revision,
             "subfolder": request.subfolder,
-            "options": chosen,
+            "options": {name: value for name, value in chosen.items() if value not in (None, "")},
         }
 
     def _outcome(self, job: Job, run: WorkflowRun, token: str, watch: Watch) -> Outcome:
@@ -124,17 +129,9 @@ class GitHubRunner:
     def _published(self, job: Job, run: WorkflowRun, token: str, watch: Watch) -> Outcome:
         """What a run that succeeded without leaving a result put on the Hub."""
         hub = Hub(self._settings.endpoint or None, token or None)
-        request, options = job.request, job.request.options
-        source = SourceRequest(
-            (f"{request.adapter}@{request.revision}",),
-            base_model=options.base_model,
-            base_revision=options.base_revision,
-            subfolder=request.subfolder,
-            local_paths=False,
-        )
-        settings = MergeSettings(dtype=options.dtype, strategy=options.strategy)
+        options, settings = job.request.options, settings_of(job.request)
         publishing = PublishSettings(target_repo=options.target_repo, license=options.license)
-        sources = resolve(source, hub=hub)
+        sources = resolve(source_of(job.request), hub=hub, quantized_base=settings.quantized_base)
         published = find_published(
             sources, settings, prepare(sources, settings, publishing, hub=hub), hub=hub
         )

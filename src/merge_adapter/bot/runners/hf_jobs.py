@@ -12,6 +12,7 @@ from merge_adapter.bot.runners.base import Interrupted, Watch, arguments_of, kee
 from merge_adapter.bot.runners.child import RESULT
 from merge_adapter.bot.runners.flavours import choose_flavour, estimate
 from merge_adapter.bot.settings import BotSettings
+from merge_adapter.bot.sources import settings_of, source_of
 from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.errors import RefusedError
@@ -83,18 +84,11 @@ class HfJobsRunner:
     def _choose(self, job: Job, token: str, watch: Watch) -> str:
         """The cheapest hardware that the plan fits on."""
         from merge_adapter.pipeline import MergeRequest, plan_merge
-        from merge_adapter.resolve import SourceRequest
 
-        request, options = job.request, job.request.options
-        source = SourceRequest(
-            (f"{request.adapter}@{request.revision}",),
-            base_model=options.base_model,
-            base_revision=options.base_revision,
-            subfolder=request.subfolder,
-            local_paths=False,
-        )
         hub = Hub(self._settings.endpoint or None, token or None)
-        _, plan = plan_merge(MergeRequest(source, gate=None), hub=hub)
+        _, plan = plan_merge(
+            MergeRequest(source_of(job.request), settings_of(job.request), gate=None), hub=hub
+        )
         chosen = choose_flavour(
             hardware(self._hub), "auto", memory=plan.memory_bytes, disk=plan.disk_bytes + plan.bytes_read
         )
