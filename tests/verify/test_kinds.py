@@ -5,6 +5,7 @@ Tiny models from configs, random adapters, merges by PEFT itself; fp32 and bf16.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Case:
     saved: tuple[str, ...] = ()
     tokenizer: bool = True
     parameters: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    """Its image processor's config; without one, pictures come in the shape that the model's config names."""
 
 
 def llava(t: Any) -> Any:
@@ -67,6 +69,68 @@ def paligemma(t: Any) -> Any:
         image_token_index=2000,
         projection_dim=32,
     )
+
+
+def llava_next(t: Any) -> Any:
+    return t.LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **SIGHT},
+        text_config={"model_type": "llama", **DECODER},
+        image_token_index=2000,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )
+
+
+def mllama(t: Any) -> Any:
+    sight = {name: value for name, value in SIGHT.items() if name != "num_attention_heads"}
+    return t.MllamaConfig(
+        vision_config={
+            **sight, "attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0, 1],
+            "vision_output_dim": 96, "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        text_config={
+            **DECODER, "num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        image_token_index=2000,
+    )  # fmt: skip
+
+
+def idefics3(t: Any) -> Any:
+    return t.Idefics3Config(
+        vision_config=SIGHT,
+        text_config={"model_type": "llama", **DECODER},
+        image_token_id=2000,
+        scale_factor=2,
+    )
+
+
+def qwen2_5_vl(t: Any) -> Any:
+    return t.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+            "patch_size": 4, "fullatt_block_indexes": [1], "window_size": 16,
+        },
+        text_config={**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        image_token_id=2000, video_token_id=2001, vision_start_token_id=2002, vision_end_token_id=2003,
+    )  # fmt: skip
+
+
+def gemma3(t: Any) -> Any:
+    return t.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **SIGHT, "vision_use_head": False},
+        text_config={
+            **DECODER, "head_dim": 16, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
+        },
+        mm_tokens_per_image=4, image_token_index=2000, boi_token_index=2001, eoi_token_index=2002,
+    )  # fmt: skip
+
+
+PREPARED = {
+    "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+SIDES = {"size": {"height": 16, "width": 16}}
 
 
 def t5(t: Any) -> Any:
@@ -129,6 +193,58 @@ CASES = {
         "AutoModelForImageTextToText", qwen2_vl, [*ATTENTION, "qkv"], "image-text-to-text", "CAUSAL_LM"
     ),
     "paligemma": Case("AutoModelForImageTextToText", paligemma, ATTENTION, "image-text-to-text"),
+    "llava-next": Case(
+        "AutoModelForImageTextToText",
+        llava_next,
+        ATTENTION,
+        "image-text-to-text",
+        processor={
+            **PREPARED,
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": 16},
+            "crop_size": {"height": 16, "width": 16},
+            "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+        },
+    ),
+    "llava-next by shape": Case("AutoModelForImageTextToText", llava_next, ATTENTION, "image-text-to-text"),
+    "mllama": Case(
+        "AutoModelForImageTextToText",
+        mllama,
+        ATTENTION,
+        "image-text-to-text",
+        processor={**PREPARED, **SIDES, "image_processor_type": "MllamaImageProcessor", "max_image_tiles": 2},
+    ),
+    "mllama by shape": Case("AutoModelForImageTextToText", mllama, ATTENTION, "image-text-to-text"),
+    "idefics3": Case(
+        "AutoModelForImageTextToText",
+        idefics3,
+        ATTENTION,
+        "image-text-to-text",
+        processor={
+            **PREPARED,
+            "image_processor_type": "Idefics3ImageProcessor",
+            "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 16},
+            "do_image_splitting": True,
+        },
+    ),
+    "idefics3 by shape": Case("AutoModelForImageTextToText", idefics3, ATTENTION, "image-text-to-text"),
+    "qwen2.5-vl": Case(
+        "AutoModelForImageTextToText",
+        qwen2_5_vl,
+        [*ATTENTION, "qkv"],
+        "image-text-to-text",
+        processor={
+            **PREPARED,
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 4,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "min_pixels": 64,
+            "max_pixels": 4096,
+        },
+    ),
+    "gemma3": Case("AutoModelForImageTextToText", gemma3, ATTENTION, "image-text-to-text"),
     "vit": Case(
         "AutoModelForImageClassification",
         lambda t: t.ViTConfig(**SIGHT, num_labels=7),
@@ -136,6 +252,7 @@ CASES = {
         "image-classifier",
         saved=("classifier",),
         tokenizer=False,
+        processor={**PREPARED, **SIDES, "image_processor_type": "ViTImageProcessor"},
     ),
     "vit features": Case(
         "AutoModel", lambda t: t.ViTConfig(**SIGHT), ATTENTION, "embedding", tokenizer=False
@@ -236,6 +353,9 @@ def _build(case: Case, dtype: torch.dtype, folder: Path, tokenizer: Path) -> Non
             value.data.add_(torch.randn(value.shape).to(value.dtype) * 0.1)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(merged)
+    if case.processor:
+        for place in (base, merged):
+            (place / "preprocessor_config.json").write_text(json.dumps(case.processor))
     if case.tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(tokenizer / name, base / name)

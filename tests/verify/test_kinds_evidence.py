@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,10 @@ import torch
 from merge_adapter.types import Origin, Verdict
 from merge_adapter.verify import VerifySettings, verify
 from merge_adapter.verify.beginnings import beginnings, first_sentence
+from merge_adapter.verify.findings import Weight
 from merge_adapter.verify.media import picture, sound
 from merge_adapter.verify.probes import shipped
-from merge_adapter.verify.processors import judge_processors
+from merge_adapter.verify.processors import judge_prepared, judge_processors
 from merge_adapter.verify.provenance import (
     judge_effect,
     judge_provenance,
@@ -157,7 +160,54 @@ def test_processors_must_prepare_as_before(
     if content is not None:
         (tmp_path / "merged" / "preprocessor_config.json").write_text(content)
     found = list(judge_processors(tmp_path / "merged", right.with_sources(right.merged, base=base).sources))
-    assert [says in str(finding) for finding in found] == ([True] if says else [])
+    says = says or "was compared as a file"  # none that transformers knows
+    assert [says in str(finding) for finding in found] == [True]
+
+
+VIT = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 16, "width": 16},
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"resample": 0}, "prepares a picture of 64 x 48 in another way"),
+        ({"image_mean": [0.4, 0.4, 0.3]}, "prepares a picture of 64 x 48 in another way"),
+        ({"size": {"height": 16, "width": 20}}, "prepares a picture of 64 x 48 in another way"),
+        ({"image_processor_type": "NoSuchProcessor"}, "cannot be loaded as an image processor"),
+    ],
+    ids=["alike", "resampling", "mean", "size", "kind"],
+)
+def test_pictures_go_through_both_repositories_processors(
+    changes: dict[str, Any], says: str | None, good: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """The merged repository's must make of a picture, to the bit, what the base's makes of it."""
+    right = good("lm-bf16")
+    base = Path(shutil.copytree(right.sources.base.repository.origin.folder, tmp_path / "base"))
+    (base / "preprocessor_config.json").write_text(json.dumps(VIT))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "preprocessor_config.json").write_text(json.dumps({**VIT, **changes}))
+    found = list(judge_prepared(tmp_path / "merged", right.with_sources(right.merged, base=base).sources))
+    assert [says in str(finding) and finding.weight is Weight.FAULT for finding in found] == [True] * bool(
+        says
+    )
+
+
+def test_without_pillow_processors_are_compared_as_files(tmp_path: Path) -> None:
+    """A process in which it cannot be imported: no processor, no error."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(VIT))
+    program = (
+        "import sys; sys.modules['PIL'] = None\n"
+        "from pathlib import Path\n"
+        "from merge_adapter.verify.pictures import processor_of\n"
+        "print(processor_of(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "None"
 
 
 def test_a_kind_that_cannot_be_asked_leaves_the_answer_open(

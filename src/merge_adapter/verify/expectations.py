@@ -164,7 +164,7 @@ def _closed_form(
     magnitude: Tensor | None = None
     transposed = bool(getattr(module, "fan_in_fan_out", False))
     if sources.combination.type is not CombinationType.SEQUENTIAL:
-        ranks = ()
+        ranks: tuple[int, ...] = ()
         if sources.combination.type is CombinationType.CAT:
             ranks = tuple(_rank(file, name) for file in files)
         return _combined_form(module, weight, ranks=ranks, transposed=transposed)
@@ -198,8 +198,8 @@ def _closed_form(
     left, right = torch.cat(lefts, 1), torch.cat(rights, 0)
     if magnitude is not None:
         return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed)
-    ranks = tuple(_rank(file, name) for file in files) if len(files) > 1 else ()
-    return LowRank(weight.detach(), left, right, ranks=ranks)
+    shares = tuple(_rank(file, name) for file in files) if len(files) > 1 else ()
+    return LowRank(weight.detach(), left, right, ranks=shares)
 
 
 def _rank(file: AdapterFile, name: str) -> int:

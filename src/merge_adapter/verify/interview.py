@@ -153,7 +153,7 @@ class Interview:
             device=torch.device(self.device),
         )
         if isinstance(found, Probes):
-            text = f"{len(found.batch)} documents were compared: {found.source}; no processor was run"
+            text = f"{len(found.batch)} documents were compared: {found.source}"
             self.findings.append(note("outputs", "", text))
         return found
 

@@ -1,13 +1,12 @@
-"""What models that see or hear are asked: pictures and sounds made by code, in the shapes their configs call for.
+"""What models that see or hear are asked: pictures and sounds made by code, through the repository's own processors.
 
-No image library takes part, and no processor resizes anything: every arm reads the same tensors, and what is compared
-is the function of the weights. How a repository prepares its pictures is a file that the merge copies.
+Where those cannot be used, in the shapes that the configs call for. Every arm reads the same tensors: what is compared
+is the function of the weights. Whether the merged repository's processor makes the same is asked in `processors`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
 from merge_adapter.verify.batches import Probes, random_ids, tokenized
-from merge_adapter.verify.lazy import widen
 from merge_adapter.verify.loading import Kind
 from merge_adapter.verify.media import RATE, picture, sound
+from merge_adapter.verify.pictures import looked_at, pictures_of
 from merge_adapter.verify.probes import Probe
 
 DOCUMENTS = 12
@@ -60,10 +59,10 @@ def perceived(
     computes in fp32 on `device` afterwards.
     """
     if kind is Kind.VISION_TEXT:
-        return _seen_with_text(model, texts, tokenizer, budget=budget, seed=seed, device=device)
+        return _seen_with_text(model, texts, tokenizer, folder, budget=budget, seed=seed, device=device)
     name = str(getattr(model, "main_input_name", ""))
     if name == "pixel_values":
-        return _pictures(model.config)
+        return _pictures(model, folder, device)
     if name in ("input_values", "input_features"):
         heard = _sounds(model, name, folder)
         if isinstance(heard, Probes) and kind is Kind.SPEECH:
@@ -82,30 +81,13 @@ def _without_ids(media: dict[str, Tensor], what: str, source: str, positions: in
     return Probes(Batch(empty, torch.ones_like(empty), media), _names(what, count), source)
 
 
-def _side(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    return 224, 224
-
-
-def _channels(config: Any) -> int:
-    for name in ("num_channels", "in_channels", "in_chans"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return 3
-
-
-def _pictures(config: Any) -> Probes:
-    height, width = _side(config)
-    pictures = [
-        picture(at, channels=_channels(config), height=height, width=width) for at in range(DOCUMENTS)
-    ]
-    source = f"pictures made by code, {width} x {height}"
-    return _without_ids({"pixel_values": torch.stack(pictures)[:, None]}, "picture", source)
+def _pictures(model: Any, folder: Path, device: torch.device) -> Probes:
+    made = pictures_of(model, folder, device)
+    drawn = [made.draw(at).media["pixel_values"] for at in range(DOCUMENTS)]
+    height, width = drawn[0].shape[-2:]
+    return _without_ids(
+        {"pixel_values": torch.stack(drawn)}, "picture", f"pictures {made.source}, {width} x {height}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- sounds
@@ -170,17 +152,15 @@ def _texts(texts: tuple[Probe, ...], tokenizer: Any, *, count: int, vocabulary: 
 # -------------------------------------------------------------------------------------------------- vision and text
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """One picture as the model takes it."""
-
-    media: dict[str, Tensor]
-    tokens: int
-    """Places that the picture takes among the tokens."""
-
-
 def _seen_with_text(
-    model: Any, texts: tuple[Probe, ...], tokenizer: Any, *, budget: int, seed: int, device: torch.device
+    model: Any,
+    texts: tuple[Probe, ...],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    budget: int,
+    seed: int,
+    device: torch.device,
 ) -> Probes | Unfed:
     token = next(
         (
@@ -193,55 +173,20 @@ def _seen_with_text(
     if token is None:
         return Unfed("its config names no token that stands for a picture")
     try:
-        first = _prepared(model, 0, device)
+        made = pictures_of(model, folder, device)
+        first = made.draw(0)
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
         return Unfed(f"its pictures could not be made from its config: {error}")
-    count = min(DOCUMENTS, len(texts), max(4, budget // (first.tokens + TEXT)))
+    count = min(DOCUMENTS, len(texts), max(4, budget // (first.places + TEXT)))
     rows = int(model.get_input_embeddings().weight.shape[0])
     written = _texts(texts, tokenizer, count=count, vocabulary=rows, seed=seed)
     count = len(written.batch)
-    pictures = [first, *(_prepared(model, at, device) for at in range(1, count))]
+    pictures = [first, *(made.draw(at) for at in range(1, count))]
     media = {name: torch.stack([one.media[name] for one in pictures]) for name in first.media}
-    ids, mask, places = _joined(model.config, written.batch, token, first.tokens)
-    media |= _places(model, places)
-    source = f"{written.source} after a picture made by code, which takes {first.tokens} places"
+    ids, mask, places = _joined(model.config, written.batch, token, first.places)
+    media |= _places(model, places) | looked_at(media, places)
+    source = f"{written.source} after a picture {made.source}, which takes {first.places} places"
     return Probes(Batch(ids, mask, media), written.names, source, written.templated)
-
-
-def _prepared(model: Any, number: int, device: torch.device) -> _Picture:
-    vision = model.config.vision_config
-    channels = _channels(vision)
-    merge, patch = getattr(vision, "spatial_merge_size", None), getattr(vision, "patch_size", None)
-    times = getattr(vision, "temporal_patch_size", None)
-    if isinstance(merge, int) and isinstance(patch, int) and isinstance(times, int):
-        side = 4 * merge * patch
-        shown = picture(number, channels=channels, height=side, width=side)
-        grid = torch.tensor([[1, 4 * merge, 4 * merge]])
-        return _Picture({"pixel_values": _patches(shown, patch, merge, times), "image_grid_thw": grid}, 16)
-    height, width = _side(vision)
-    pixels = picture(number, channels=channels, height=height, width=width)[None]
-    return _Picture({"pixel_values": pixels}, _features(model, pixels, device))
-
-
-def _patches(shown: Tensor, patch: int, merge: int, times: int) -> Tensor:
-    """(patches, channels * times * patch * patch), patches that merge into one token next to each other."""
-    channels, height, width = shown.shape
-    across, down = width // (merge * patch), height // (merge * patch)
-    cut = shown.reshape(channels, down, merge, patch, across, merge, patch)
-    cut = cut.permute(1, 4, 2, 5, 0, 3, 6)  # (down, across, merge, merge, channels, patch, patch)
-    cut = cut[..., None, :, :].expand(*cut.shape[:5], times, patch, patch)
-    return cut.reshape(down * across * merge * merge, channels * times * patch * patch)
-
-
-def _features(model: Any, pixels: Tensor, device: torch.device) -> int:
-    """How many places the model gives a picture: it is asked."""
-    # the weights are 16-bit, the picture is not: they compute in fp32, as every arm does
-    widen(model, device)
-    with torch.no_grad():
-        found = model.get_image_features(pixel_values=pixels.to(device))
-    found = getattr(found, "pooler_output", found)
-    pieces: Sequence[Tensor] = found if isinstance(found, list | tuple) else [found]
-    return sum(piece.numel() // piece.shape[-1] for piece in pieces)
 
 
 def _joined(config: Any, batch: Batch, token: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
