@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import httpx2
 import pytest
@@ -123,6 +124,16 @@ HfApi().upload_file(path_or_fileobj=bytes(body), path_in_repo="f{seed}.safetenso
     before = stored()
     client(code.format(seed=2, changed=800_000, repo=repo))
     assert 700_000 < stored() - before < 1_500_000
+
+
+def test_a_file_that_repeats_parts_of_itself_comes_back_whole(alice, repo, tmp_path):
+    """Its terms take overlapping runs of one xorb."""
+    parts = [random.Random(seed).randbytes(400_000) for seed in range(3)]
+    content = b"".join((*parts, parts[1], parts[0], parts[2][:200_000], parts[1][150_000:], *parts))
+    alice.upload_file(path_or_fileobj=content, path_in_repo="again.bin", repo_id=repo)
+    path = alice.hf_hub_download(repo, "again.bin", cache_dir=tmp_path)
+    with open(path, "rb") as file:
+        assert file.read() == content
 
 
 @pytest.mark.parametrize("private", [False, True])

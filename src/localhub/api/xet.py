@@ -122,10 +122,21 @@ def reconstruction(ctx: Ctx, hash: str, request: Request) -> dict[str, Any]:
     }
 
 
-def _fetch_info(ctx: Context, terms: tuple[Term, ...]) -> dict[str, list[dict[str, Any]]]:
-    """For each xorb the byte ranges to fetch, each once."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def _ranges(terms: tuple[Term, ...]) -> list[tuple[str, int, int]]:
+    """Xorb, first chunk and end of every run of chunks that the terms take, none of them touching another."""
+    runs: list[tuple[str, int, int]] = []
     for xorb, first, last in sorted({(term.xorb, term.start, term.end) for term in terms}):
+        if runs and runs[-1][0] == xorb and first <= runs[-1][2]:
+            _, start, end = runs.pop()
+            first, last = start, max(end, last)
+        runs.append((xorb, first, last))
+    return runs
+
+
+def _fetch_info(ctx: Context, terms: tuple[Term, ...]) -> dict[str, list[dict[str, Any]]]:
+    """For each xorb the byte ranges to fetch, each byte once: terms that repeat a part of another share its range."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for xorb, first, last in _ranges(terms):
         chunks = ctx.hub.xet.chunks(xorb)
         signed, _ = ctx.hub.signer.sign("xorb", xorb, lifetime=TOKEN_LIFETIME)
         found.setdefault(xorb, []).append(
