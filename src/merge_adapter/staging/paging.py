@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from merge_adapter.errors import MergeAdapterError, StorageError
 from merge_adapter.staging.window import Window
@@ -89,7 +89,8 @@ class HerePager:
 
     def __init__(self) -> None:
         self._resident: Resident | None = None
-        self._known: dict[tuple[int, int], tuple[Path, Place]] = {}
+        self._known: dict[tuple[int, int], tuple[Path, Place, UntypedStorage]] = {}
+        """By address and length; the storage is held, so that no other file is ever mapped at that address."""
 
     @contextmanager
     def bringing(self, resident: Resident) -> Iterator[None]:
@@ -99,6 +100,7 @@ class HerePager:
             yield
         finally:
             self._resident = None
+            self._known.clear()
             resident.clear()
 
     def need(self, tensor: Tensor) -> None:
@@ -136,9 +138,9 @@ class HerePager:
             for folder in resident.folders:
                 place = Places(folder).find(tensor)
                 if place is not None:
-                    self._known[key] = (folder, place)
+                    self._known[key] = (folder, place, tensor.untyped_storage())
                     break
-        return self._known.get(key)
+        return self._known[key][:2] if key in self._known else None
 
 
 def _serve(listening: socket.socket, resident: Resident, folder: Path) -> None:

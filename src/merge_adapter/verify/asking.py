@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from merge_adapter.errors import StorageError
 from merge_adapter.verify.places import Place, Places, span
@@ -20,7 +20,8 @@ class AskingPager:
 
     def __init__(self, address: Path, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[tuple[int, int], Place] = {}
+        self._known: dict[tuple[int, int], tuple[Place, UntypedStorage]] = {}
+        """By address and length; the storage is held, so that no other file is ever mapped at that address."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(address))
         self._lines = self._socket.makefile("rwb")
@@ -29,10 +30,12 @@ class AskingPager:
         if tensor.device.type != "cpu" or not tensor.numel():
             return
         key = (tensor.data_ptr(), span(tensor))
-        place = self._known.get(key) or Places(self._folder).find(tensor)
-        if place is None:
-            return
-        self._known[key] = place
+        if key not in self._known:
+            found = Places(self._folder).find(tensor)
+            if found is None:
+                return
+            self._known[key] = (found, tensor.untyped_storage())
+        place, _ = self._known[key]
         asked = {"file": place.file, "offset": place.offset, "bytes": place.bytes}
         self._lines.write(json.dumps(asked).encode() + b"\n")
         self._lines.flush()
