@@ -55,12 +55,21 @@ def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None
                 )
             for spec in change.writes:
                 before = owner.setdefault(spec.name, (number, change))
-                if before[0] != number and not _add_up(change, before[1]):
+                if before[0] == number or _add_up(change, before[1]):
+                    continue
+                if not commute(change, before[1], adapter, adapters[before[0]][0]):
                     raise MethodError(
                         f"{spec.name} is changed by two adapters, and not only by adding: the result would depend on"
                         " their order.",
-                        hint="Merge the adapters one by one, in the order you want.",
+                        hint="Merge them one by one, in the order you want: merge FIRST --output DIR, then merge"
+                        " SECOND --base-model DIR.",
                     )
+
+
+def commute(left: Change, right: Change, one: Adapter, other: Adapter) -> bool:
+    """Whether two changes of the same tensors that are no sums give the same in either order: those of IA3 do."""
+    modules = isinstance(left, ModuleChange) and isinstance(right, ModuleChange)
+    return modules and left.writes == right.writes and one.method == other.method == "IA3"
 
 
 def _is_sum(change: Change) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
 from merge_adapter.methods.combine import CombinedFile, combine, without_copies
+from merge_adapter.methods.combine_vectors import CombinedVectors
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.methods.starts import changed_base, check_residual, check_start
-from merge_adapter.methods.sums import SumOfModules
+from merge_adapter.methods.sums import ModulesInTurn, SumOfModules
 from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
 from merge_adapter.types import Adapter, CombinationType, MergeSettings, Resolved, Strategy
 
@@ -81,7 +82,7 @@ class MergePlan:
     index_metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json; None removes the key."""
-    adapters: tuple[AdapterFile | CombinedFile, ...] = field(default=(), repr=False)
+    adapters: tuple[AdapterFile | CombinedFile | CombinedVectors, ...] = field(default=(), repr=False)
     """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
     loaded: BaseFiles | None = field(default=None, repr=False)
@@ -156,7 +157,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
     layout, base = files_of_base.layout, files_of_base.specs
     notes = list(files_of_base.notes)
     config_changes = dict(files_of_base.config_changes)
-    files: list[AdapterFile | CombinedFile] = []
+    files: list[AdapterFile | CombinedFile | CombinedVectors] = []
     planned: list[Planned] = []
     for file, made, about_config in _plan_adapters(sources, settings, files_of_base):
         files.append(file)
@@ -165,7 +166,8 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
         config_changes.update(made.config_changes)
     check_together([(file.adapter, made.changes) for file, made in zip(files, planned, strict=True)])
     steps = _joined(
-        tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes)
+        tuple(Step(change, number) for number, made in enumerate(planned) for change in made.changes),
+        files,
     )
     dropped = {name for made in planned for name in made.dropped}
     kept = {name: spec for name, spec in base.items() if name not in dropped}
@@ -191,7 +193,10 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
         bytes_changed=sum(final[name].nbytes for name in written),
         memory_bytes=_memory(steps)
         + (2 * layout.bytes if loaded else 0)
-        + max((file.memory_bytes for file in files if isinstance(file, CombinedFile)), default=0),
+        + max(
+            (file.memory_bytes for file in files if isinstance(file, CombinedFile | CombinedVectors)),
+            default=0,
+        ),
         disk_bytes=total,
         index=INDEX if layout.index else None,
         index_metadata=layout.index_metadata,
@@ -202,7 +207,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
 
 def _plan_adapters(
     sources: Resolved, settings: MergeSettings, base: BaseFiles
-) -> Iterator[tuple[AdapterFile | CombinedFile, Planned, tuple[str, ...]]]:
+) -> Iterator[tuple[AdapterFile | CombinedFile | CombinedVectors, Planned, tuple[str, ...]]]:
     """Each adapter's file, what it does, and notes on its config; of combined adapters the one they make together."""
     if sources.combination.type is CombinationType.SEQUENTIAL:
         for adapter in sources.adapters:
@@ -230,9 +235,9 @@ def _checked(adapter: Adapter, sources: Resolved) -> tuple[Adapter, tuple[str, .
     return checked, (*notes, *check_start(checked, sources.base))
 
 
-def _consumed(file: AdapterFile | CombinedFile, made: Planned) -> int:
+def _consumed(file: AdapterFile | CombinedFile | CombinedVectors, made: Planned) -> int:
     """Tensors used: all of a combination's, once every combined one is, which accounting has made sure of."""
-    if isinstance(file, CombinedFile):
+    if isinstance(file, CombinedFile | CombinedVectors):
         return file.tensors
     return sum(len(change.consumes) for change in made.changes)
 
@@ -263,11 +268,14 @@ def _plan_whole(
     return made
 
 
-def _joined(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps with module changes of the same tensors by several adapters made one; that all are sums is checked."""
+def _joined(
+    steps: tuple[Step, ...], files: Sequence[AdapterFile | CombinedFile | CombinedVectors]
+) -> tuple[Step, ...]:
+    """The steps with module changes of the same tensors by several adapters made one; that they may be is checked."""
     together: dict[tuple[TensorSpec, ...] | int, list[Step]] = {}
     for number, step in enumerate(steps):
-        module = isinstance(step.change, ModuleChange) and step.change.kind is Kind.ADDITIVE
+        scaled = files[step.adapter].adapter.method == "IA3"
+        module = isinstance(step.change, ModuleChange) and (step.change.kind is Kind.ADDITIVE or scaled)
         together.setdefault(step.change.writes if module else number, []).append(step)
     return tuple(_sum_of(group) if len(group) > 1 else group[0] for group in together.values())
 
@@ -279,7 +287,7 @@ def _sum_of(group: list[Step]) -> Step:
         changes[0],
         consumes=tuple(name for change in changes for name in change.consumes),
         memory_bytes=sum(change.memory_bytes for change in changes),
-        arithmetic=SumOfModules(parts),
+        arithmetic=SumOfModules(parts) if changes[0].kind is Kind.ADDITIVE else ModulesInTurn(parts),
     )
     return Step(whole, group[0].adapter)
 

@@ -21,7 +21,7 @@ from merge_adapter.methods.blocks import block_rows
 from merge_adapter.methods.change import Kind, ModuleChange, Replacement, RowChange, TensorSpec, Weights
 from merge_adapter.methods.rows import Retained, RowRun, as_rows, kept_and_asked
 from merge_adapter.methods.scratch import Scratch, scratch_on
-from merge_adapter.methods.sums import SumOfModules
+from merge_adapter.methods.sums import ModulesTogether
 from merge_adapter.plan import MergePlan, Step
 from merge_adapter.types import FileOrigin, OutputFile, Repository, Task
 from merge_adapter.workers import Job, Queues, Stop
@@ -280,7 +280,7 @@ class Work:
         arithmetic = change.arithmetic
         made = (
             arithmetic.run_together(self._base, self._adapters)
-            if isinstance(arithmetic, SumOfModules)
+            if isinstance(arithmetic, ModulesTogether)
             else arithmetic.run(self._base, self._adapters[step.adapter])
         )
         for name, tensor in made:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX, AdapterFile
 from merge_adapter.methods.change import TensorSpec
+from merge_adapter.methods.combine_vectors import CombinedVectors, combine_vectors
 from merge_adapter.methods.lora import Factors, scale_of, sort_tensors
 from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.types import Adapter, Combination, CombinationType
@@ -147,11 +148,13 @@ def check_combination(combination: Combination, adapters: int) -> None:
         raise InputError(f"--svd-rank has no effect with --combination {kind}", hint="Leave it out.")
 
 
-def combine(files: Sequence[AdapterFile], combination: Combination) -> CombinedFile:
+def combine(files: Sequence[AdapterFile], combination: Combination) -> CombinedFile | CombinedVectors:
     """The adapters as the one that PEFT's `add_weighted_adapter` makes of them. Reads headers alone.
 
     Raises MethodError for what PEFT has no rule for, ShapeError for adapters that do not fit each other.
     """
+    if all(file.adapter.method == "IA3" for file in files):
+        return combine_vectors(files, combination)
     found = [_factors(file) for file in files]
     paths = tuple(dict.fromkeys(path for one in found for path in one))
     parts = {path: _parts(path, found, files) for path in paths}
@@ -199,7 +202,8 @@ def _factors(file: AdapterFile) -> Mapping[str, Factors]:
     adapter = file.adapter
     if adapter.method != "LORA":
         raise MethodError(
-            f"{adapter.repository.origin} is of the method {adapter.method}; PEFT combines LoRA adapters alone.",
+            f"{adapter.repository.origin} is of the method {adapter.method}; PEFT combines LoRA adapters"
+            " with each other and IA3 adapters with each other.",
             hint=_ONE_BY_ONE,
         )
     for key, name in _NOT_A_SUM.items():

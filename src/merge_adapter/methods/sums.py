@@ -1,12 +1,12 @@
-"""Several sums on one tensor, added up so that their order leaves no trace."""
+"""Changes of one tensor by several adapters, made so that their order leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from merge_adapter.methods.change import ModuleArithmetic, RowKernel, Weights
+from merge_adapter.methods.change import ModuleArithmetic, RowKernel, TensorSpec, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -38,17 +38,25 @@ class SumsKernel(RowKernel):
 
 
 @dataclass(frozen=True)
-class SumOfModules(ModuleArithmetic):
-    """W + (f1(W) - W) + (f2(W) - W) + … for functions that are each a sum, of several adapters."""
+class ModulesTogether(ModuleArithmetic):
+    """What several adapters make of the same tensors."""
 
     parts: tuple[tuple[ModuleArithmetic, int], ...]
     """A function, and which adapter it reads."""
 
     def run(self, base: Weights, adapter: Weights) -> Iterator[tuple[str, Tensor]]:  # noqa: ARG002 - never called
-        raise AssertionError("a sum over adapters reads more than one; call run_together")
+        raise AssertionError("several adapters read more than one file; call run_together")
 
     def run_together(self, base: Weights, adapters: Sequence[Weights]) -> Iterator[tuple[str, Tensor]]:
         """As `run`, with the tensors of every adapter."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SumOfModules(ModulesTogether):
+    """W + (f1(W) - W) + (f2(W) - W) + … for functions that are each a sum, of several adapters."""
+
+    def run_together(self, base: Weights, adapters: Sequence[Weights]) -> Iterator[tuple[str, Tensor]]:
         import torch
 
         updates: dict[str, list[Tensor]] = {}
@@ -57,6 +65,38 @@ class SumOfModules(ModuleArithmetic):
                 updates.setdefault(name, []).append(made.detach().float() - base.read(name).float())
         for name, found in updates.items():
             yield name, base.read(name).float() + _added(torch.stack(found))
+
+
+@dataclass(frozen=True)
+class ModulesInTurn(ModulesTogether):
+    """f2(f1(W)) for functions whose order makes no difference: those of IA3 scale the same rows or columns."""
+
+    def run_together(self, base: Weights, adapters: Sequence[Weights]) -> Iterator[tuple[str, Tensor]]:
+        made: dict[str, Tensor] = {}
+        for arithmetic, number in self.parts:
+            made |= {
+                name: value.detach().float()
+                for name, value in arithmetic.run(_Over(base, made), adapters[number])
+            }
+        yield from made.items()
+
+
+class _Over(Weights):
+    """The base with some tensors already merged, in float32."""
+
+    def __init__(self, base: Weights, made: Mapping[str, Tensor]) -> None:
+        self._base = base
+        self._made = dict(made)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._base.specs
+
+    def read(self, name: str) -> Tensor:
+        return self._made[name].clone() if name in self._made else self._base.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._made[name][start:stop] if name in self._made else self._base.read_rows(name, start, stop)
 
 
 def _added(parts: Tensor) -> Tensor:

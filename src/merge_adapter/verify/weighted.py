@@ -49,6 +49,9 @@ def _combine(model: Any, names: tuple[str, ...], sources: Resolved) -> None:
     """
     tuner = model.base_model
     combination = sources.combination
+    if all(adapter.method == "IA3" for adapter in sources.adapters):
+        _combine_vectors(model, names, [adapter.weight for adapter in sources.adapters])
+        return
     _spell_out(tuner, names)
     if combination.type.endswith("svd"):
         for part, parameter in tuner.model.named_parameters():
@@ -72,6 +75,23 @@ def _combine(model: Any, names: tuple[str, ...], sources: Resolved) -> None:
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and COMBINED in scaling:
             scaling[COMBINED] = 1.0
+    for name in names:
+        model.delete_adapter(name)
+
+
+def _combine_vectors(model: Any, names: tuple[str, ...], weights: list[float]) -> None:
+    """IA3: PEFT's weighted adapter, its vectors summed once more in float32, where PEFT has the dtype of the base."""
+    model.base_model.add_weighted_adapter(list(names), weights, COMBINED)
+    model.set_adapter(COMBINED)
+    for module in model.base_model.model.modules():
+        vectors = getattr(module, "ia3_l", {})
+        if COMBINED in vectors:
+            held = [
+                vectors[name].data.float() * weight
+                for name, weight in zip(names, weights, strict=True)
+                if name in vectors
+            ]
+            vectors[COMBINED].data = torch.stack(held).sum(0)
     for name in names:
         model.delete_adapter(name)
 
