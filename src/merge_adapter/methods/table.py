@@ -125,6 +125,27 @@ METHODS: tuple[Method, ...] = (
 )  # fmt: skip
 """Mergeable methods first, each part in alphabetical order."""
 
+_AROUND = """\
+LoRA on torch's `MultiheadAttention` changes both of its weights, as PEFT's layer does. LoRAs that began with PiSSA,
+OLoRA, CorDA, LoRA-GA or LoftQ and were saved *converted* are plain LoRAs. Saved unconverted they fit the base as it was
+changed at the start: give that one with `--base-model`. A base that still holds what PiSSA takes out is recognised.
+
+A few models cannot be streamed whatever the method: those whose tensors transformers converts on loading, by an
+operation that it cannot undo. The base is then loaded with transformers, the strategy is `memory`, and the tensors in
+question are stored under the names they have in memory, which transformers loads as well. Plan and report say so.
+""".splitlines()
+
+_REFUSED = """\
+LoRA variants that PEFT itself cannot merge are refused as well: aLoRA, Arrow and QALoRA; and
+`layer_replication`, whose replicas share storage in PEFT. So is LoRA on a convolution with groups or dilation, or one
+that pads otherwise than with zeros: PEFT's update is a convolution without, which the layer's weight cannot hold.
+And so is one of two weights that T5 and its like tie, whose forward pass scales the output only while they are tied.
+Adapters of other libraries (AdapterHub's bottleneck adapters and their like) add layers that no weight of the base can
+hold.
+
+The patterns of `adapter_config.json` are matched within 10 seconds of processor time, or the adapter is refused.
+""".splitlines()
+
 _BY_TYPE: Mapping[str, Method] = {method.peft_type: method for method in METHODS}
 
 
@@ -151,10 +172,14 @@ def document() -> str:
         "",
         "*Additive* methods make W + D with D independent of W; *multiplicative* ones make a function of W; methods",
         "that *replace* put trained tensors in the place of the base's. All are computed in float32 and rounded once.",
+        "`--weight` other than 1 is for methods whose layer PEFT itself can scale:"
+        f" {', '.join(m.title.partition(' (')[0] for m in METHODS if m.scaled)}.",
         "",
         "## Merged",
         "",
         *_table((m for m in METHODS if m.kind), ("Method", "`peft_type`", "Kind", "How", "Notes")),
+        "",
+        *_AROUND,
         "",
         "## Not mergeable",
         "",
@@ -162,9 +187,7 @@ def document() -> str:
         "",
         *_table((m for m in METHODS if not m.kind), ("Method", "`peft_type`", "Why")),
         "",
-        "LoRA variants that PEFT itself cannot merge are refused as well: aLoRA, Arrow and QALoRA; and",
-        "`layer_replication`, whose replicas share storage in PEFT. Adapters of other libraries (AdapterHub's",
-        "bottleneck adapters and their like) add layers that no weight of the base can hold.",
+        *_REFUSED,
         "",
     ]
     return "\n".join(lines)
