@@ -65,7 +65,8 @@ def test_bootstrap_bounds_enclose_the_mean_and_repeat() -> None:
 
 
 def test_an_adapter_worse_than_chance_on_a_good_base_is_pointed_out() -> None:
-    """The sign of a foreign base; a base that is itself worse than chance says nothing."""
+    """The sign of a foreign base; one that is itself no better than chance has to be left far behind."""
     assert list(judge_likelihood(12.0, 3.0, 1000))
     assert not list(judge_likelihood(4.0, 3.0, 1000))
     assert not list(judge_likelihood(12.0, 9.0, 1000))
+    assert list(judge_likelihood(40.0, 9.0, 1000)), "far worse than a base that is no better than chance"

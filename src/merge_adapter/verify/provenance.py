@@ -105,10 +105,15 @@ def likelihood(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
 
 
 def judge_likelihood(reference: float, base: float, vocabulary: int) -> Iterator[Finding]:
-    """An adapter on a foreign base tends to write noise: worse than guessing, where the base alone is not."""
-    if base < math.log(vocabulary) < reference:
+    """An adapter on a foreign base tends to write noise: worse than guessing, and worse than the base by far.
+
+    All in nats per token. A base that itself does no better than guessing on these texts, as small ones may, tells
+    something only where base + adapter is twice as bad.
+    """
+    chance = math.log(vocabulary)
+    if reference > chance and (base < chance or reference > 2 * base):
         text = (
             f"base + adapter predicts the probes worse than chance ({reference:.2f} nats per token, chance is "
-            f"{math.log(vocabulary):.2f}), the base alone does not ({base:.2f}): was the adapter trained on this base?"
+            f"{chance:.2f}, the base alone has {base:.2f}): was the adapter trained on this base?"
         )
         yield warning("adapter", "base model", text)
