@@ -344,7 +344,8 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tup
         if expected[name] != shape:
             raise ShapeError(
                 f"{name}: expected {list(expected[name])} by adapter_config.json and the base, got {list(shape)}.",
-                hint="The adapter was trained on another base, or its config was changed; see --base-model.",
+                hint="The adapter was trained on another base, see --base-model, or its config was changed. Where the"
+                " vocabulary was resized in training, LoRA alone is merged on its rows, by streaming.",
             )
 
 
