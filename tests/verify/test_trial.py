@@ -362,24 +362,40 @@ CASES = [
 ]
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "equivalence.md"
+TABLE = re.compile(r"(?<=<!-- trial -->\n).*?(?=<!-- /trial -->)", re.DOTALL)
+"""Where the table of the trial stands in the page."""
+
+KINDS = {"lm": "decoder", "cls": "classifier", "emb": "encoder"}
+
+
+def models_of(corruption: Corruption) -> str:
+    """The trained models that a way of spoiling is tried on, in words."""
+    return (
+        "all three" if len(corruption.on) == len(KINDS) else ", ".join(KINDS[kind] for kind in corruption.on)
+    )
+
+
 @pytest.fixture(scope="module")
-def ledger() -> Iterator[list[tuple[str, str, str]]]:
-    """What was caught by which words; written as a table where MERGE_ADAPTER_TRIAL names a file."""
-    rows: list[tuple[str, str, str]] = []
+def ledger() -> Iterator[dict[str, str]]:
+    """What was said of each way of spoiling first; MERGE_ADAPTER_TRIAL names a page that then gets the table."""
+    rows: dict[str, str] = {}
     yield rows
     place = os.environ.get("MERGE_ADAPTER_TRIAL")
     if place:
-        seen: dict[str, tuple[list[str], str]] = {}
-        for name, model, words in rows:
-            seen.setdefault(name, ([], words))[0].append(model)
-        lines = ["| spoiled | caught on | said of it |", "|---|---|---|"]
-        lines += [f"| {name} | {', '.join(models)} | {words} |" for name, (models, words) in seen.items()]
-        Path(place).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = ["| spoiled | models | what the gate said |", "|---|---|---|"]
+        for corruption in CORRUPTIONS:
+            said = rows[corruption.name].replace("|", "\\|")
+            lines.append(f"| {corruption.name} | {models_of(corruption)} | {said} |")
+        page = Path(place)
+        page.write_text(
+            TABLE.sub(lambda _: "\n".join(lines) + "\n", page.read_text(encoding="utf-8")), encoding="utf-8"
+        )
 
 
 @pytest.mark.parametrize(("corruption", "model"), CASES)
 def test_a_spoiled_merge_fails_and_is_named(
-    corruption: Corruption, model: str, workpiece: Callable[[str], Any], ledger: list[tuple[str, str, str]]
+    corruption: Corruption, model: str, workpiece: Callable[[str], Any], ledger: dict[str, str]
 ) -> None:
     """Verdict fail, and one reason says what was done."""
     piece = workpiece(model)
@@ -388,4 +404,19 @@ def test_a_spoiled_merge_fails_and_is_named(
     assert result.verdict is Verdict.FAIL, result.reasons
     said = [reason for reason in result.reasons if re.search(corruption.says, reason.split(" (and ")[0])]
     assert said, result.reasons
-    ledger.append((corruption.name, model, said[0].split(" (and ")[0]))
+    ledger.setdefault(corruption.name, said[0].split(" (and ")[0])
+
+
+def test_the_page_shows_this_trial() -> None:
+    """Every way of spoiling in the table, on these models, with words that this module asks for; and their number."""
+    page = PAGE.read_text(encoding="utf-8")
+    [table] = TABLE.findall(page)
+    rows = [
+        [cell.replace("\\|", "|") for cell in re.split(r" (?<!\\)\| ", line.strip("| "))]
+        for line in table.splitlines()[2:]
+    ]
+    assert [row[:2] for row in rows] == [[one.name, models_of(one)] for one in CORRUPTIONS]
+    for one, (_, _, said) in zip(CORRUPTIONS, rows, strict=True):
+        assert re.search(one.says, said), one.name
+    cases = 2 * sum(len(one.on) for one in CORRUPTIONS)
+    assert f"in {len(CORRUPTIONS)} ways: {cases} cases" in " ".join(page.split())
