@@ -132,3 +132,18 @@ def test_raw_html_is_harmless(text: str, shown: str, hidden: str) -> None:
     page = str(markdown(text))
     assert shown in page
     assert hidden not in page
+
+
+def test_a_long_file_does_not_hide_the_files_behind_it() -> None:
+    """A tokenizer of tens of thousands of lines stands before the weights in every merge's diff."""
+    from localhub.pages.render import MAX_DIFF_LINES, MAX_FILE_LINES, diff_lines
+
+    patch = "".join(
+        f"diff --git a/{name} b/{name}\n@@ -0,0 +1,{lines} @@\n" + "+x\n" * lines
+        for name, lines in (("long", 10 * MAX_FILE_LINES), ("short", 3))
+    )
+    lines = diff_lines(patch)
+    assert [line.text for line in lines if line.style == "file"] == ["long", "short"]
+    assert [line.text for line in lines][-3:] == ["+x"] * 3
+    assert len(lines) == 2 + (MAX_FILE_LINES + 1) + 4
+    assert len(diff_lines(patch * 100)) <= MAX_DIFF_LINES + 1 + 2 * 100 + 100

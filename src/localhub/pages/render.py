@@ -21,6 +21,8 @@ from markupsafe import Markup, escape
 
 _POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 MAX_DIFF_LINES = 4000
+MAX_FILE_LINES = 200
+"""A new tokenizer has tens of thousands, under which the files behind it would be lost."""
 _HARMLESS = re.compile(r"(<!--.*?-->|</?(?:details|summary)>)", re.DOTALL)
 _POINTER = "version https://git-lfs.github.com/spec/v1"
 
@@ -98,20 +100,28 @@ class DiffLine:
 
 
 def diff_lines(patch: str) -> list[DiffLine]:
-    """The lines of a unified diff, at most MAX_DIFF_LINES."""
+    """The lines of a unified diff, at most MAX_FILE_LINES of each file and MAX_DIFF_LINES in all."""
     return list(_diff_lines(patch))
 
 
 def _diff_lines(patch: str) -> Iterator[DiffLine]:
     header = False
-    for count, line in enumerate(patch.splitlines()):
-        if count == MAX_DIFF_LINES:
+    shown = in_file = 0
+    for line in patch.splitlines():
+        if line.startswith("diff --git "):
+            header, in_file = True, 0
+            yield DiffLine("file", line.removeprefix("diff --git a/").partition(" b/")[0])
+            continue
+        in_file += 1
+        if in_file > MAX_FILE_LINES:
+            if in_file == MAX_FILE_LINES + 1:
+                yield DiffLine("hunk", "… the rest of this file's diff is not shown")
+            continue
+        shown += 1
+        if shown > MAX_DIFF_LINES:
             yield DiffLine("hunk", "… the rest of this diff is not shown")
             return
-        if line.startswith("diff --git "):
-            header = True
-            yield DiffLine("file", line.removeprefix("diff --git a/").partition(" b/")[0])
-        elif line.startswith("@@"):
+        if line.startswith("@@"):
             header = False
             yield DiffLine("hunk", line)
         elif header:
