@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from merge_adapter.bot.jobs import JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.pages import login
 from merge_adapter.bot.pages.render import static_file
 from merge_adapter.bot.queue import Submitted
@@ -97,6 +97,26 @@ def test_what_strangers_wrote_is_shown_as_text(bot: RunningBot) -> None:
     )
     assert get(bot, f"/jobs?q={'%3Cscript%3E'}&state=nonsense&page=-1")[0] == 200
     assert "<script>alert" not in get(bot, "/%3Cscript%3Ealert(1)%3C/script%3E")[1]
+
+
+def test_a_job_tells_what_was_chosen_and_whose_token_it_was(bot: RunningBot) -> None:
+    """In words of the page: nobody there set HF_TOKEN, and a verification writes nowhere."""
+    combined = JobOptions(adapters=("ada/two@v1",), weights=(0.7, 0.3), target_repo="ada/both")
+    judged = JobRequest(
+        "ada/x", "a" * 40, Source.COMMENT, JobKind.VERIFY, private=False, options=JobOptions(merged="ada/m")
+    )
+    pages = []
+    for request in (JobRequest("ada/x", "a" * 40, Source.WEBHOOK, private=False, options=combined), judged):
+        submission = bot.queue.submit(request)
+        assert isinstance(submission, Submitted)
+        lease = bot.queue.claim("w")
+        assert lease is not None
+        bot.queue.finish(lease, Outcome(JobState.REFUSED, 2, "the token in HF_TOKEN may not see it"))
+        pages.append(get(bot, f"/jobs/{submission.job_id}")[1])
+    first, second = pages
+    assert "ada/two@v1" in first and "0.7, 0.3" in first and "ada/both" in first
+    assert "the bot&#39;s token may not see it" in first and "HF_TOKEN" not in first
+    assert "Judges" in second and "ada/m" in second and "verify:" not in second
 
 
 def test_private_jobs_do_not_exist_for_others(bot: RunningBot) -> None:
@@ -246,7 +266,7 @@ def _walk(browser: Any, bot: RunningBot, hub_url: str, token: str) -> None:
     _check_phone(page)
     page.goto(f"{bot.url}/jobs")
     page.get_by_label("Search").fill("nothing-like-it")
-    page.get_by_text("There are no jobs here yet.").wait_for()
+    page.get_by_text("No job fits this filter.").wait_for()
     page.get_by_label("Search").fill("by-hand")
     page.get_by_role("link", name="ada/by-hand").wait_for()
     assert "q=by-hand" in page.url

@@ -92,6 +92,8 @@ def test_arguments_carry_choices_and_no_secret(tmp_path: Path) -> None:
         f"run ada/x@{'a' * 40} --allow-base meta/* --private --subfolder lora --target-repo ada/y --license mit "
         "--device cuda:1 --base-model meta/x --json"
     )
+    small = arguments_of(lease.job, BotSettings(), disk_budget="6GB")
+    assert small[:4] == ["run", f"ada/x@{'a' * 40}", "--disk-budget", "6GB"]
     more = JobOptions(
         adapters=("ada/two@v1",),
         weights=(1.0, -0.5),

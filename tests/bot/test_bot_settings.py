@@ -50,6 +50,7 @@ def test_what_a_space_sets_is_used() -> None:
         ("workers = -1", "expected at least 0"),
         ("port = ", "not valid TOML"),
         ("lease_seconds = 0", "must be positive"),
+        ('disk_budget = "much"', "disk_budget is 'much'"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:

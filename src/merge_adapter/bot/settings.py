@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from merge_adapter.errors import InputError
+from merge_adapter.sizes import parse_bytes
 
 PREFIX = "MERGE_ADAPTER_BOT_"
 
@@ -68,6 +69,10 @@ class BotSettings:
     probe_tokens: int = _knob(
         0, "local, hf-jobs: tokens for the output test; 0: 512 on a CPU, 2048 on a GPU."
     )
+    disk_budget: str = _knob(
+        "",
+        "local: disk that a merge may use, such as 20GB; larger models pass through shard by shard. Empty: no limit.",
+    )
     job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.")
     log_file: str = _knob("", "File for the log's lines; empty: standard error.")
     lease_seconds: float = _knob(
@@ -112,6 +117,8 @@ class BotSettings:
                 raise InputError(f"the setting {name} is {getattr(self, name)}, expected at least {least}")
         if self.lease_seconds <= 0 or self.job_timeout <= 0:
             raise InputError("the settings lease_seconds and job_timeout must be positive")
+        if self.disk_budget:
+            parse_bytes(self.disk_budget, what="the setting disk_budget")
         if not self.devices:
             raise InputError("the setting devices is empty", hint='Leave it out, or name one: ["auto"]')
 

@@ -11,9 +11,9 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from merge_adapter.bot.app import Parts
-from merge_adapter.bot.jobs import Job, JobState
+from merge_adapter.bot.jobs import Job, JobState, Source
 from merge_adapter.bot.pages.login import Session, login_target
-from merge_adapter.bot.pages.render import HEADERS, page
+from merge_adapter.bot.pages.render import HEADERS, of_whom, page
 from merge_adapter.bot.rows import JobFilter, count_jobs, find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
 from merge_adapter.errors import MalformedError, NotFoundError
@@ -41,6 +41,7 @@ def home(request: Request, session: Session, parts: Parts) -> HTMLResponse:
         "home.html",
         **common(session, parts),
         jobs=recent,
+        filtered=False,
         adapter=request.query_params.get("adapter", "")[:200],
         dtypes=[one.value for one in DType],
         strategies=[one.value for one in Strategy],
@@ -72,6 +73,7 @@ def jobs(request: Request, session: Session, parts: Parts) -> HTMLResponse:
         state=state,
         text=text,
         total=sum(counts.values()),
+        filtered=bool(state or text),
         newer=url(at - 1) if at > 1 else "",
         older=url(at + 1) if len(found) > _PAGE else "",
     )
@@ -126,6 +128,7 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
     outputs = verification.get("outputs") or {}
     weights = verification.get("weights") or {}
     stage = found.stage
+    whose = "the login of who asked" if found.request.source is Source.PAGE else "the bot's token"
     share = None
     if stage is not None and stage.total:
         share = max(0.0, min(1.0, stage.done / stage.total))
@@ -133,6 +136,9 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
         "job": found,
         "hub": parts.settings.endpoint or _HUB,
         "url": _safe_url(found),
+        "chosen": _chosen(found),
+        "message": of_whom(found.message, whose),
+        "hint": of_whom(found.hint, whose),
         "may_cancel": found.open and session.viewer.may_change(found),
         "csrf": session.csrf,
         "share": share,
@@ -143,6 +149,18 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
         "histogram": histogram_svg(outputs.get("histogram") or {}, str(outputs.get("metric", ""))),
         "tensors": tensors_svg(weights.get("per_tensor") or ()),
         "texts": (verification.get("greedy") or {}).get("texts") or (),
+    }
+
+
+def _chosen(found: Job) -> dict[str, str]:
+    """The options of a job that differ from the default, for people."""
+    options = json.loads(found.request.options.to_json())
+    return {
+        name.replace("_", " ").capitalize(): ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+        for name, value in options.items()
+        if name not in ("target_repo", "merged")
     }
 
 

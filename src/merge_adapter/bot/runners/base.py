@@ -112,7 +112,9 @@ class Runner(Protocol):
         ...
 
 
-def arguments_of(job: Job, settings: BotSettings, *, device: str = "auto") -> list[str]:
+def arguments_of(
+    job: Job, settings: BotSettings, *, device: str = "auto", disk_budget: str = ""
+) -> list[str]:
     """The command line of a job, without the program's name. Never a secret."""
     request, options = job.request, job.request.options
     adapter = f"{request.adapter}@{request.revision}"
@@ -122,6 +124,8 @@ def arguments_of(job: Job, settings: BotSettings, *, device: str = "auto") -> li
         arguments = ["run", adapter]
         for base in settings.allow_base:
             arguments += ["--allow-base", base]
+        if disk_budget:
+            arguments += ["--disk-budget", disk_budget]
         if options.private is not None:
             arguments.append("--private" if options.private else "--public")
     arguments += combined(options)

@@ -38,7 +38,12 @@ class LocalRunner:
 
     def run(self, job: Job, token: str, watch: Watch, *, slot: int) -> Outcome | Interrupted:
         """See `Runner`. Folders of this machine cannot be meant: the job's working directory is empty."""
-        arguments = arguments_of(job, self._settings, device=self._settings.device_of(slot))
+        arguments = arguments_of(
+            job,
+            self._settings,
+            device=self._settings.device_of(slot),
+            disk_budget=self._settings.disk_budget,
+        )
         empty = _own_folder(job.id)
         try:
             process = subprocess.Popen(
