@@ -393,7 +393,7 @@ def test_a_merge_over_the_disk_budget_is_refused_before_it_begins(
     shutil.copytree(lm_adapter, workspace / "adapter")
     step = act(inputs={"adapter": "adapter", "base-model": "base", "publish": "none", "disk-budget": "1MB"})
     assert step.code == 2
-    assert "more than the disk-budget of 1.0 MB" in step.results[0]["error"]
+    assert "more than the disk budget of 1.0 MB" in step.results[0]["error"]
 
 
 HOSTILE = "x`]()<img src=x>|@octocat ##[error]boom"

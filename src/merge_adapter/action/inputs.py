@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from merge_adapter.errors import InputError
+from merge_adapter.sizes import parse_bytes
 from merge_adapter.types import (
     Combination,
     CombinationType,
@@ -71,7 +72,6 @@ SECRETS = ("hf-token", "github-token")
 _OF_THE_RUNNER = frozenset({"args", "entrypoint"})
 """What the runner itself adds for container actions."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _OWNER_PATTERN = re.compile(r"[\w.-]+/(\*|[\w.-]+)")
 _FEWEST_PROBE_TOKENS = 16
 
@@ -337,11 +337,4 @@ def _probe_tokens(given: Mapping[str, str]) -> int | None:
 
 def _disk_budget(given: Mapping[str, str]) -> int | None:
     value = given.get("disk-budget")
-    if value is None:
-        return None
-    match = _BYTES.fullmatch(value)
-    if match is None:
-        raise InputError(f"the input disk-budget is {value!r}, expected a size such as 6GB or 500 MiB")
-    number, unit = float(match[1]), match[2].lower()
-    base = 1024 if "i" in unit else 1000
-    return int(number * base ** (" kmgt".index(unit[0]) if unit and unit[0] in "kmgt" else 0))
+    return parse_bytes(value, what="the input disk-budget") if value is not None else None

@@ -14,11 +14,10 @@ from merge_adapter.action.changes import resolve_pointers
 from merge_adapter.action.inputs import Inputs
 from merge_adapter.action.results import Failed, Finished, Result
 from merge_adapter.action.step import Step
-from merge_adapter.errors import ExitCode, InputError, MergeAdapterError, StorageError
+from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
 from merge_adapter.types import MergeSettings
 
 if TYPE_CHECKING:
-    from merge_adapter.hub import Hub
     from merge_adapter.pipeline import MergeRequest
     from merge_adapter.publish import PublishSettings
 
@@ -90,8 +89,6 @@ def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: floa
     if candidate.folder is not None:
         resolve_pointers(runner.workspace, candidate.folder)
     request = _request(inputs, candidate)
-    if inputs.disk_budget is not None:
-        _check_budget(request, inputs.disk_budget, step.hub)
     keep = keeping.place(inputs, candidate, step.trigger, workspace=runner.workspace, scratch=scratch)
     outcome = pipeline.run(
         request,
@@ -99,6 +96,7 @@ def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: floa
         hub=step.hub,
         progress=LogProgress(sys.stderr),
         output=keep,
+        disk_budget=inputs.disk_budget,
     )
     files = keeping.keep_report(runner.workspace, candidate, outcome)
     return Finished(
@@ -109,7 +107,7 @@ def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: floa
         publication=outcome.publication,
         seconds=time.monotonic() - started,
         report_file=files[0],
-        merged_here=outcome.merged is not None,
+        merged_here=outcome.merged is not None or outcome.stages is not None,
         verified=inputs.verify,
         files=files,
     )
@@ -162,17 +160,3 @@ def _publishing(inputs: Inputs, candidate: Candidate) -> PublishSettings:
         license=inputs.license,
         allow_base=inputs.allow_base,
     )
-
-
-def _check_budget(request: MergeRequest, budget: int, hub: Hub) -> None:
-    """Refuse before the first download what would not fit. Reads configs and headers alone."""
-    from merge_adapter.pipeline import plan_merge
-    from merge_adapter.report.progress import human_bytes
-
-    _, plan = plan_merge(request, hub=hub)
-    if plan.disk_bytes > budget:
-        raise StorageError(
-            f"the merge needs {human_bytes(plan.disk_bytes)} of disk, more than the disk-budget of "
-            f"{human_bytes(budget)}",
-            hint="Raise disk-budget, or use a runner with a larger disk.",
-        )

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.layout import Layout
-from merge_adapter.errors import InputError
+from merge_adapter.errors import StorageError
 from merge_adapter.merge import merge, write_index
 from merge_adapter.pipeline import MergeRequest, RunOutcome
 from merge_adapter.plan import MergePlan
@@ -22,6 +22,7 @@ from merge_adapter.publish import Outbox, PublishSettings, discard, publish
 from merge_adapter.publish.contents import Gone
 from merge_adapter.report import document
 from merge_adapter.report.evidence import verdict_markdown
+from merge_adapter.report.progress import human_bytes
 from merge_adapter.reports import Work, write_reports
 from merge_adapter.staging.ledger import Ledger
 from merge_adapter.staging.needs import (
@@ -113,12 +114,13 @@ def run_within(
     """
     layout = weights_of(sources, request.settings)
     check_possible(sources, plan, layout)
-    if publishing.publish_to is PublishTo.NONE:
-        raise InputError(
-            "within a disk budget nothing is left here, so that there must be somewhere to publish to",
-            hint="Publish (--publish pull-request), or leave the disk budget out.",
-        )
     needs = measure(sources, plan, layout)
+    if publishing.publish_to is PublishTo.NONE:
+        raise StorageError(
+            f"the merge needs {human_bytes(needs.whole)} of disk, more than the disk budget of {human_bytes(budget)}, "
+            "and shards can only pass through where the result is published",
+            hint="Publish it, or raise the budget.",
+        )
     copied = copied_by_hub(sources, plan)
     remote = sources.base.repository.origin.repo_id is not None
     least = schedule(plan, layout, fetched=remote, copied=frozenset(copied))
