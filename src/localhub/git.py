@@ -85,6 +85,10 @@ class GitStore:
         self._locks: dict[str, threading.RLock] = {}
         self._making = threading.Lock()
         self._trash = root.parent / "trash"
+        for git in root.glob("*/*/*.git"):
+            # What a killed Hub left: git would refuse to move the ref for ever. One Hub at a time has this folder.
+            for lock in (*git.glob("*.lock"), *(git / "refs").rglob("*.lock")):
+                lock.unlink()
 
     def path(self, repository: Repository) -> Path:
         """Where a repository lies; owner and name were validated when it was created."""

@@ -83,6 +83,20 @@ def test_a_repository_has_one_lock(tmp_path, eager_switching):
         assert len(set(map(id, at_once([partial(store.lock, repository)] * TOGETHER)))) == 1
 
 
+def test_locks_that_a_killed_hub_left_hold_up_nobody(tmp_path):
+    """git keeps them as files, and refuses to move a ref that has one."""
+    hub = open_hub(tmp_path)
+    hub.accounts.add("alice")
+    repository = hub.repositories.create("model", "alice", "m", private=False)
+    hub.git.create(repository, "alice")
+    left = hub.git.path(repository) / "refs" / "heads" / "main.lock"
+    left.touch()
+    git = open_hub(tmp_path).git.open(repository)
+    head = git.resolve("main")
+    sha = git.add_commit("refs/heads/main", git.tree_id(head), [head], "after", "alice")
+    assert git.resolve("main") == sha
+
+
 def test_transactions_of_threads_wait_for_each_other(tmp_path):
     """What one reads is what it writes on: nothing is lost, nobody is told that the database is locked."""
     database = Database(tmp_path / "hub.sqlite")
