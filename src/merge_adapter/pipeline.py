@@ -20,6 +20,7 @@ from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
 from merge_adapter.reports import Work, write_reports
 from merge_adapter.resolve import SourceRequest, open_reference, resolve
+from merge_adapter.staging.ahead import fetched_ahead
 from merge_adapter.staging.needs import exceeds
 from merge_adapter.types import (
     MergeSettings,
@@ -241,15 +242,16 @@ def _build(
         check_library(sources.base.config)  # said before the work, not after it
     check_space(output.parent, plan.disk_bytes)
     with partial_folder(output) as partial, storage_errors(output):
-        result = merge(
-            plan,
-            sources,
-            partial,
-            settings=request.settings,
-            device=request.device,
-            threads=request.threads,
-            progress=progress,
-        )
+        with fetched_ahead(sources, plan) as arriving:
+            result = merge(
+                plan,
+                arriving,
+                partial,
+                settings=request.settings,
+                device=request.device,
+                threads=request.threads,
+                progress=progress,
+            )
         packaged = package(sources, plan, partial, settings=request.settings)
         verification = _judge(partial, sources, request, progress)
         work = Work(sources, plan, request.settings, result, packaged, verification)

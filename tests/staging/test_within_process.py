@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_is_finished_by_the_next(
     adapter = world.adapter(base)
     home = tmp_path / "home"
     budget = world.budget(adapter)
-    paths = {"while a shard is sent": (r"/v1/xorbs/", 1), "at the commit": (r"/commit/", 0)}
+    paths = {"while a shard is sent": (r"/preupload/", 2), "at the commit": (r"/commit/", 0)}
     path, skip = paths[where]
     rule = Rule(Delay(WAIT_SECONDS), method="POST", path=path, skip=skip)
     _killed(world, adapter, home, budget, rule, "--no-verify")

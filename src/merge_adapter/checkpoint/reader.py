@@ -99,8 +99,12 @@ class StoredWeights(Weights):
 
     def _descriptor(self, file: WeightFile) -> int:
         with self._lock:
+            if file.path in self._descriptors:
+                return self._descriptors[file.path]
+        place = self._repository.local(file.path)  # perhaps a download, while others go on with files that are here
+        with self._lock:
             if file.path not in self._descriptors:
-                self._descriptors[file.path] = os.open(self._repository.local(file.path), os.O_RDONLY)
+                self._descriptors[file.path] = os.open(place, os.O_RDONLY)
             return self._descriptors[file.path]
 
     def _load_pickled(self, file: WeightFile) -> dict[str, torch.Tensor]:
