@@ -48,9 +48,23 @@ class Bot:
     kills: Counter[str] = field(default_factory=Counter)
 
     def ensure(self) -> None:
-        """Start it when it does not run."""
-        if self.process is not None and self.process.poll() is None:
-            return
+        """Start it when it does not run, and again when it does not come up, as a supervisor would."""
+        for wait in (0.0, 1.0, 5.0, 30.0):
+            if self.process is not None and self.process.poll() is None and self.url:
+                return
+            time.sleep(wait)
+            self._start()
+            if not self.url:
+                self.kills["failed start"] += 1
+                _tell(f"the server did not start: {self.last_words()}")
+        if not self.url:
+            raise RuntimeError(f"the server does not start: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-1500:]
+
+    def _start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "merge_adapter", "serve", "--config", str(self.config)],
@@ -62,6 +76,8 @@ class Bot:
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
         self.process.stdout.close()
+        if not self.url:
+            self.process.wait()
 
     def kill_something(self, dice: random.Random) -> None:
         """SIGKILL to the server, its worker, or a merge."""
@@ -149,10 +165,10 @@ def _soak(api: Any, bot: Bot, place: Path, options: argparse.Namespace, dice: ra
             _pause(dice.expovariate(1 / options.every), bot)
             bot.ensure()
             _noise(bot, dice, pushed)
-            counts = count_jobs(store)
-            _tell(f"{dict(counts)}, killed {dict(bot.kills)}")
-            if counts.get(JobState.DONE, 0) == len(pushed):
-                break
+            counts = {state.value: number for state, number in count_jobs(store).items()}
+            _tell(f"{counts}, killed {dict(bot.kills)}")
+            if not counts.get("queued") and not counts.get("running"):
+                break  # done, or ended otherwise, which is judged
             bot.kill_something(dice)
         bot.ensure()
         return _judge(api, store, pushed, bot)
