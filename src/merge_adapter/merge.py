@@ -51,7 +51,7 @@ def merge(
     """
     began = time.monotonic()
     with ExitStack() as stack:
-        base = stack.enter_context((plan.loaded or read_base(sources.base, settings)).open())
+        base = stack.enter_context((plan.view or read_base(sources.base, settings)).open())
         adapters = [file.open() for file in plan.adapters]
         for opened in adapters:
             stack.push(opened)

@@ -20,6 +20,7 @@ from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.combine_vectors import CombinedVectors
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
+from merge_adapter.methods.replication import layer_sources, with_replicas
 from merge_adapter.methods.starts import changed_base, check_residual, check_start
 from merge_adapter.methods.sums import ModulesInTurn, SumOfModules
 from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
@@ -85,8 +86,9 @@ class MergePlan:
     adapters: tuple[AdapterFile | CombinedFile | CombinedVectors, ...] = field(default=(), repr=False)
     """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
-    loaded: BaseFiles | None = field(default=None, repr=False)
-    """The base with tensors of the model that transformers loads; None where its files are all that is read."""
+    view: BaseFiles | None = field(default=None, repr=False)
+    """The base in the form that is merged: with tensors of the model that transformers loads, or layers replicated.
+    None where its files are read as they are."""
 
     @property
     def changes(self) -> tuple[TensorChange, ...]:
@@ -110,7 +112,7 @@ def make_plan(sources: Resolved, settings: MergeSettings) -> MergePlan:
     Raises AccountingError, ShapeError, MethodError or BaseModelError when the merge cannot be done rightly,
     MalformedError and NotFoundError for files that are not what they should be.
     """
-    files = read_base(sources.base, settings)
+    files = with_replicas(read_base(sources.base, settings), sources, settings)
     reason = ""
     while True:
         try:
@@ -182,7 +184,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
         method=sources.adapter.method,
         strategy=Strategy.MEMORY if in_memory else Strategy.STREAM,
         strategy_reason=in_memory or _STREAMED,
-        loaded=files_of_base if loaded else None,
+        view=files_of_base if loaded or layer_sources(sources.adapter.config) else None,
         steps=steps,
         outputs=outputs,
         adapter_tensors=sum(file.tensors for file in files),

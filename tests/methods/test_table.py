@@ -82,7 +82,6 @@ def test_unmergeable_methods_say_why_and_what_to_do(method: Any) -> None:
         ({"peft_type": "LORA", "alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"peft_type": "LORA", "arrow_config": {"top_k": 1}}, "Arrow"),
         ({"peft_type": "LORA", "use_qalora": True}, "QALoRA"),
-        ({"peft_type": "LORA", "layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"peft_type": "NOBODY_KNOWS"}, "NOBODY_KNOWS"),
         ({"config": {"non_linearity": "relu", "reduction_factor": 16}}, "AdapterHub"),
         ({"adapter_layers": 30, "adapter_len": 10}, "LLaMA-Adapter"),

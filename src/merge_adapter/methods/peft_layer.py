@@ -57,6 +57,11 @@ def plan_peft(context: Context, *, in_memory: bool = False) -> Planned:
             " to give it, and a part of a change that was trained as a whole has no meaning of its own.",
             hint="Give this adapter the weight 1.",
         )
+    if context.config.get("layer_replication"):
+        raise MethodError(
+            "This variant of LoRA goes through PEFT's own layers, in which replicated layers share their weights.",
+            hint="Keep the adapter and load it with PEFT beside its base.",
+        )
     check_sizes(context.config, context.tensors)
     adapted = adapt(ghostly(names.model), context.config, weight=context.adapter.weight)
     way, reason = _way(method, context.config, adapted, in_memory=in_memory)

@@ -13,8 +13,6 @@ _VARIANTS: Mapping[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("aLoRA", "it acts only after its invocation tokens, which a fixed weight cannot"),
     "arrow_config": ("Arrow", "it routes every token through several LoRAs"),
     "use_qalora": ("QALoRA", "it pools the inputs of a quantised layer, and PEFT defines no merge for it"),
-    "layer_replication": ("layer_replication", "replicated layers share the base's tensors in PEFT, so that its"
-                          " own merge adds every replica's update to all of them"),
 }  # fmt: skip
 """LoRA config keys that, when set, leave no correct merge: name and reason."""
 

@@ -130,16 +130,20 @@ LoRA on torch's `MultiheadAttention` changes both of its weights, as PEFT's laye
 OLoRA, CorDA, LoRA-GA or LoftQ and were saved *converted* are plain LoRAs. Saved unconverted they fit the base as it was
 changed at the start: give that one with `--base-model`. A base that still holds what PiSSA takes out is recognised.
 
+`layer_replication` gives a deeper model: every replica gets weights of its own, and `config.json` the new number of
+layers. PEFT's own merge adds each replica's update to all of them. It is refused where the family's layers are not all
+of one kind, since no `config.json` describes such a stack.
+
 A few models cannot be streamed whatever the method: those whose tensors transformers converts on loading, by an
 operation that it cannot undo. The base is then loaded with transformers, the strategy is `memory`, and the tensors in
 question are stored under the names they have in memory, which transformers loads as well. Plan and report say so.
 """.splitlines()
 
 _REFUSED = """\
-LoRA variants that PEFT itself cannot merge are refused as well: aLoRA, Arrow and QALoRA; and
-`layer_replication`, whose replicas share storage in PEFT. So is LoRA on a convolution with groups or dilation, or one
-that pads otherwise than with zeros: PEFT's update is a convolution without, which the layer's weight cannot hold.
-And so is one of two weights that T5 and its like tie, whose forward pass scales the output only while they are tied.
+LoRA variants that PEFT itself cannot merge are refused as well: aLoRA, Arrow and QALoRA. So is LoRA on a convolution
+with groups or dilation, or one that pads otherwise than with zeros: PEFT's update is a convolution without, which the
+layer's weight cannot hold. And so is one of two weights that T5 and its like tie, whose forward pass scales the output
+only while they are tied.
 Adapters of other libraries (AdapterHub's bottleneck adapters and their like) add layers that no weight of the base can
 hold.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_adapter.errors import PolicyError
 from merge_adapter.methods.change import NameMap, TensorSpec
+from merge_adapter.methods.replication import layer_sources
 from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED
 from merge_adapter.names.direct import DirectNames, direct_names
 from merge_adapter.types import BaseModel
@@ -49,7 +50,10 @@ def name_map(
     needs code of its own and `trust_remote_code` is False.
     """
     modules, parameters = split_targets(adapter, tuner_prefixes)
-    plain = not adapter_config.get("target_parameters") and not _other_head(base.config, adapter_config)
+    plain = not adapter_config.get("layer_replication")
+    plain = (
+        plain and not adapter_config.get("target_parameters") and not _other_head(base.config, adapter_config)
+    )
     if plain and not any("lora_embedding" in name for name in adapter):
         fast = direct_names(base.config, tensors, modules=modules, parameters=parameters)
         if isinstance(fast, DirectNames):
@@ -127,10 +131,12 @@ def _needs_code(config: Mapping[str, Any]) -> str:
 
 
 def _head_changes(adapter_config: Mapping[str, Any], adapter: Mapping[str, TensorSpec]) -> Mapping[str, Any]:
-    """Config attributes that the adapter's trained head fixes: its number of labels."""
+    """Config attributes that the adapter fixes: the number of layers it was trained on, of labels its head has."""
+    stack = layer_sources(adapter_config)
+    layers = {"num_hidden_layers": len(stack)} if stack else {}
     if adapter_config.get("task_type") not in LABELLED:
-        return {}
+        return layers
     for name, spec in adapter.items():
         if name.replace("modules_to_save.", "").endswith(LABEL_HEADS) and len(spec.shape) == 2:
-            return {"num_labels": spec.shape[0]}
-    return {}
+            return {**layers, "num_labels": spec.shape[0]}
+    return layers

@@ -70,6 +70,8 @@ def check_possible(sources: Resolved, plan: MergePlan, layout: Layout) -> None:
     reason = ""
     if plan.strategy is Strategy.MEMORY:
         reason = f"this adapter is merged on the loaded model ({plan.strategy_reason})"
+    elif plan.view is not None:
+        reason = "the base is merged in another form than its files have, layers replicated"
     elif quantization_of(sources.base.config) is not None:
         reason = "the base is stored quantised, and has to be here whole to be dequantised"
     elif any(file.pickled for file in layout.files):

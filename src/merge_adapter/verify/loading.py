@@ -300,6 +300,15 @@ def load_base(
     return base
 
 
+def stack_layers(model: Any, sources: Resolved) -> None:
+    """Replicate the layers of a plain base as PEFT does for an adapter with `layer_replication`; nothing for others."""
+    from peft.tuners.tuners_utils import replicate_layers
+
+    for adapter in sources.adapters:
+        if adapter.method == "LORA" and adapter.config.get("layer_replication"):
+            replicate_layers(model, adapter.config["layer_replication"])
+
+
 def _fit_vocabulary(model: Any, adapters: tuple[AdapterFile, ...]) -> None:
     """Give the embeddings the number of rows of an embedding that an adapter carries whole."""
     try:
