@@ -74,10 +74,11 @@ def sources_of() -> Callable[..., Resolved]:
 
 
 def judged(merged: Path, sources: Resolved, settings: VerifySettings) -> Verification:
-    """The gate's answer, which must make a report that keeps to the schema, whatever it is."""
+    """The gate's answer, which must make a report that keeps to the schema and names no path, whatever it is."""
     verification = verify(merged, sources, settings=settings)
-    report = json.loads(document.dump(document.verdict_only(sources, verification)))
-    document.validate_judgement(report, place=merged.name)
+    text = document.dump(document.verdict_only(sources, verification))
+    document.validate_judgement(json.loads(text), place=merged.name)
+    assert str(merged.parent) not in text
     return verification
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pytest
@@ -385,7 +386,7 @@ def ledger() -> Iterator[dict[str, str]]:
     if place:
         lines = ["| spoiled | models | what the gate said |", "|---|---|---|"]
         for corruption in CORRUPTIONS:
-            said = rows[corruption.name].replace("|", "\\|")
+            said = shorten(rows[corruption.name], width=130, placeholder=" …").replace("|", "\\|")
             lines.append(f"| {corruption.name} | {models_of(corruption)} | {said} |")
         page = Path(place)
         page.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,7 +36,15 @@ class Finding:
     """A sentence fragment that reads on after `subject: `."""
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.text}" if self.subject else self.text
+        return without_places(f"{self.subject}: {self.text}" if self.subject else self.text)
+
+
+_PLACE = re.compile(r"(?<![\w/:.<])(?:/[^\s/'\"`:,;()<>]+){2,}")
+
+
+def without_places(text: str) -> str:
+    """`text` with absolute paths cut down to their last parts: libraries name whole ones, and reports are published."""
+    return _PLACE.sub(lambda match: match.group().rpartition("/")[2], text)
 
 
 def fault(part: str, subject: str, text: str) -> Finding:
