@@ -24,6 +24,12 @@ _MOST_DATA = 3000
 """Entries of a data set's file list that are looked at: some hold a hundred thousand."""
 
 
+_LENGTH_FIELD = 8
+"""Bytes before the JSON of a safetensors header."""
+_LONGEST_KEPT = 4 << 20
+"""Bytes of a file's beginning that are remembered: the header of a shard with ten thousand tensors."""
+
+
 class HubRepository:
     """Implements `types.Repository` for one commit; made by `Hub.open` and `Hub.open_dataset`.
 
@@ -40,6 +46,8 @@ class HubRepository:
         self._info = info
         self._type = repo_type
         self._prefix = f"{subfolder}/" if subfolder else ""
+        self._beginnings: dict[tuple[str, int, int], bytes] = {}
+        """Headers and configs, which several stages ask for. A commit does not change."""
         self.origin = Origin(repo_id=info.id, revision=info.sha, subfolder=subfolder)
 
     def __repr__(self) -> str:
@@ -107,10 +115,16 @@ class HubRepository:
             with Path(cached).open("rb") as file:
                 file.seek(offset)
                 return file.read(end - offset)
+        beginning = offset <= _LENGTH_FIELD and end - offset <= _LONGEST_KEPT
+        if beginning and (path, offset, end) in self._beginnings:
+            return self._beginnings[path, offset, end]
         with self._hub.calling(
             f"read {path} of {self.repo_id}", repo_id=self.repo_id, revision=self.revision, path=path
         ):
-            return self._fetch(path, offset, end)
+            content = self._fetch(path, offset, end)
+        if beginning:
+            self._beginnings[path, offset, end] = content
+        return content
 
     def local(self, path: str) -> Path:
         """The whole file on this machine, downloaded when it must be."""

@@ -15,7 +15,7 @@ from merge_adapter.merge import write_index
 from merge_adapter.package import Packaged, package
 from merge_adapter.plan import MergePlan
 from merge_adapter.staging.needs import hashes_of, is_heavy
-from merge_adapter.staging.window import Window, sparse_file
+from merge_adapter.staging.window import Window, head_of, sparse_file
 from merge_adapter.types import FileOrigin, MergeSettings, Repository, Resolved
 
 
@@ -68,10 +68,10 @@ def set_up(
         link = frame / path.relative_to(merged)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    starts = {file.path: file.header.data_start for file in layout.files}
+    stored = {file.path: file for file in layout.files}
     for shard in plan.outputs:
         if shard.origin is FileOrigin.COPIED:
-            head = repository.read(shard.source, length=starts[shard.source])
+            head = head_of(repository, stored[shard.source])
         else:
             head, _ = build_header(shard.tensors, shard.metadata)
         sparse_file(frame / shard.path, head, shard.bytes)

@@ -63,6 +63,9 @@ class Seconds:
                 setattr(self, stage, getattr(self, stage) + time.monotonic() - began)
 
 
+_PATIENCE = 2.0
+"""Seconds that somebody who pressed Ctrl-C waits for an upload that cannot be interrupted."""
+
 _Queue = SimpleQueue[tuple[int, Made] | None]
 
 
@@ -106,17 +109,21 @@ class _Relay:
                     thread.join(timeout=0.2)  # short, so that Ctrl-C reaches this thread
         except BaseException as error:
             self._fail(error)
+            self._end(threads, patience=_PATIENCE)
             raise
-        finally:
-            for queue in (self._fetched, self._merged, self._judged):
-                queue.put(None)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+        self._end(threads, patience=None)
         if self._errors:
             raise self._errors[0]
         self._seconds.total = time.monotonic() - began
         return self._seconds
+
+    def _end(self, threads: Sequence[Thread], *, patience: float | None) -> None:
+        """Let every stage come to its end; one that is in the middle of a request gets so many seconds."""
+        for queue in (self._fetched, self._merged, self._judged):
+            queue.put(None)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(timeout=patience)
 
     def _guarded(self, work: Callable[[], None], then: _Queue | None) -> None:
         """Run a stage to its end; its error halts the others, and the stage behind it learns that no more comes."""

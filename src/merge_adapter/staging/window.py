@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from merge_adapter.checkpoint.layout import Layout
+from merge_adapter.checkpoint.layout import Layout, WeightFile
 from merge_adapter.errors import MalformedError, StorageError
 from merge_adapter.types import Repository
 from merge_adapter.workspace import storage_errors
@@ -21,6 +21,8 @@ BLOCK = 8 << 20
 """Bytes of one request: long enough for its answer to be most of its time."""
 CONNECTIONS = 4
 """Requests in flight. One connection seldom fills a line."""
+LENGTH_FIELD = 8
+"""Bytes of a safetensors file that say how long its header is."""
 _READ = 4 << 20
 _PROBE = 4 << 20
 
@@ -42,8 +44,7 @@ class Window:
         self._sizes = {file.path: file.bytes for file in layout.files}
         with storage_errors(folder):
             for file in layout.files:
-                head = repository.read(file.path, length=file.header.data_start)
-                sparse_file(folder / file.path, head, file.bytes)
+                sparse_file(folder / file.path, head_of(repository, file), file.bytes)
             if layout.index is not None:
                 (folder / layout.index).write_bytes(repository.read(layout.index))
 
@@ -124,6 +125,14 @@ class Window:
                     yield first, arriving.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def head_of(repository: Repository, file: WeightFile) -> bytes:
+    """The bytes before a file's data, asked for in the two parts in which they were read before."""
+    length = repository.read(file.path, length=LENGTH_FIELD)
+    return length + repository.read(
+        file.path, offset=LENGTH_FIELD, length=file.header.data_start - LENGTH_FIELD
+    )
 
 
 def sparse_file(place: Path, head: bytes, size: int) -> None:
