@@ -128,7 +128,7 @@ def test_a_prompt_becomes_tokens_and_passes_the_gate(
     assert merged.verification.verdict is Verdict.PASS, merged.verification.reasons
     greedy = merged.verification.evidence["greedy"]
     assert greedy["equal"] == greedy["of"] > 1
-    assert all(row["prompt"][-1] in ".!?\"" for row in greedy["texts"]), "whole sentences and turns"
+    assert all(row["prompt"][-1] in '.!?"' for row in greedy["texts"]), "whole sentences and turns"
     outputs = merged.verification.evidence["outputs"]
     assert outputs["effect"]["mean"] > 1000 * outputs["error"]["mean"]
     assert outputs["prompt_tokens"]["chosen"] == 0
