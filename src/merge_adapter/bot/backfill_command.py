@@ -30,6 +30,9 @@ _STYLE = {
     Standing.UNKNOWN: "red",
 }
 
+_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe, where nobody told how wide it may be."""
+
 
 def run_backfill(
     settings: BotSettings,
@@ -51,7 +54,7 @@ def run_backfill(
     if as_json:
         sys.stdout.write(json.dumps(_document(candidates, summary), indent=2) + "\n")
     else:
-        shown = Console(highlight=False)
+        shown = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
         shown.print(_table(candidates, settings, hub))
         shown.print(_totals(candidates, summary))
     return summary is None or summary.complete

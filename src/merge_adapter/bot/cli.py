@@ -82,7 +82,10 @@ def create(
         )
     watch = [name for name in settings.watch if name != "*"]
     if not watch:
-        raise InputError("no owner is watched", hint="Set MERGE_ADAPTER_BOT_WATCH=OWNER,OTHER/REPOSITORY.")
+        raise InputError(
+            "no owner is watched",
+            hint="Set MERGE_ADAPTER_BOT_WATCH=OWNER,OTHER/REPOSITORY, or give the bot's settings file: --config FILE.",
+        )
     if not url.startswith(("https://", "http://")):
         raise InputError(f"{url!r} is not a URL", hint="Such as https://OWNER-SPACE.hf.space/webhook")
     made = create_webhook(_hub(settings), url, watch, settings.webhook_secret)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -27,6 +28,7 @@ _PAGE = 25
 _LOG_LINES = 200
 _LOG_BYTES = 200_000
 _HUB = "https://huggingface.co"
+_SHA = re.compile(r"(@[0-9a-f]{12})[0-9a-f]{28}$")
 
 
 def common(session: Session, parts: Parts) -> dict[str, Any]:
@@ -155,6 +157,8 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
 def _chosen(found: Job) -> dict[str, str]:
     """The options of a job that differ from the default, for people."""
     options = json.loads(found.request.options.to_json())
+    if "adapters" in options:  # pinned: twelve digits of a commit tell it
+        options["adapters"] = [_SHA.sub(r"\1", reference) for reference in options["adapters"]]
     return {
         name.replace("_", " ").capitalize(): ", ".join(map(str, value))
         if isinstance(value, list)
