@@ -26,15 +26,16 @@ def test_the_merged_model_runs_without_peft_network_or_secrets(
 ) -> None:
     """What the process is given: an allowed environment, offline, and a path as its only argument."""
     seen: list[tuple[list[str], dict[str, str]]] = []
-    real = subprocess.run
+    real = subprocess.Popen
 
     def spy(command: list[str], **options: Any) -> Any:
-        seen.append((command, options["env"]))
+        if "merge_adapter.verify.arm" in command:
+            seen.append((command, options["env"]))
         return real(command, **options)
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example")
-    monkeypatch.setattr(subprocess, "run", spy)
+    monkeypatch.setattr(subprocess, "Popen", spy)
     result = good("cls-bf16").judge(outputs=True, probe_tokens=64, greedy_tokens=0)
     assert result.verdict is Verdict.PASS, result.reasons
     [(command, environment)] = seen
@@ -89,7 +90,16 @@ def test_every_part_catches_the_faults_injected_on_request(good: Callable[[str],
     result = good("lm-bf16").judge(full_mutants=True, **HERE)
     assert result.verdict is Verdict.PASS, result.reasons
     mutants = {entry["fault"].split(":")[0]: entry for entry in result.evidence["mutants"]}
-    for name in ("no-op", "twice", "sign", "foreign adapter", "scaled by 4", "zeroed", "not a number", "swapped"):
+    for name in (
+        "no-op",
+        "twice",
+        "sign",
+        "foreign adapter",
+        "scaled by 4",
+        "zeroed",
+        "not a number",
+        "swapped",
+    ):
         assert mutants[name]["caught_by"] == ["weights", "modules", "outputs"], mutants[name]
     for name in ("scaled by 1.1", "scaled by 0.9", "row", "element", "coarse"):
         assert "weights" in mutants[name]["caught_by"], mutants[name]

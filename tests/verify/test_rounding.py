@@ -12,8 +12,8 @@ SIXTEEN = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])
 def test_half_an_ulp_is_half_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
-    """Against torch's own nextafter, for normal and subnormal values."""
-    values = torch.tensor([1.0, 1.5, 3.0, 0.1, 6e-8, 1e-4, 1000.0]).to(dtype)
+    """Against torch's own nextafter, for zero, normal and subnormal values."""
+    values = torch.tensor([0.0, 1.0, 1.5, 3.0, 0.1, 6e-8, 1e-4, 1000.0]).to(dtype)
     gap = torch.nextafter(values, torch.full_like(values, float("inf"))).double() - values.double()
     assert torch.equal(half_ulp(values.double(), dtype), gap / 2)
 

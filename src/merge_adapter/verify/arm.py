@@ -7,6 +7,7 @@ imported, no network call is made, nothing of the verifying process's memory is 
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ PAGER = "pager"
 ANSWERS = "answers-"
 """Before the numbers of the files of answers, one for each pass."""
 
+_NEEDED = ("answers", "fronted", "loading", "products", "tokens")
+"""Modules beside this one that every job uses."""
+
 MEDIA = "media."
 """Before the names of pictures and sounds among the inputs."""
 
@@ -33,6 +37,9 @@ def main(folder: Path) -> None:
     """Run one job. Any failure ends up in result.json under `error`, and in the exit status."""
     # None makes every `import peft` fail, and transformers then believes it is not installed
     sys.modules["peft"] = None  # type: ignore[assignment]
+    _prepare()
+    if not sys.stdin.readline():
+        return  # the verifying process has gone, or has nothing to ask
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
     try:
@@ -47,6 +54,15 @@ def main(folder: Path) -> None:
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
         result["error"] = f"{type(error).__name__}: {error}"
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def _prepare() -> None:
+    """Import what every job needs, while the verifying process does other things."""
+    for name in ("transformers.modeling_utils", *(f"merge_adapter.verify.{part}" for part in _NEEDED)):
+        try:
+            importlib.import_module(name)
+        except Exception:  # noqa: BLE001 - said when it is needed
+            return
 
 
 def work(folder: Path, job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def _closed_form(
     """W + sum of s B A over the adapters, or DoRA for a single one; None when the layer is of another kind."""
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
+    scales: list[Tensor] = []
     base = module.get_base_layer()
     weight = getattr(base, "weight", None)
     if weight is None or not all(adapter.method == "LORA" for adapter in sources.adapters):
@@ -183,8 +184,9 @@ def _closed_form(
             up, down = down.T, up.T  # the stored weight is (in, out)
         if up.shape[0] != weight.shape[0] or down.shape[1] * up.shape[0] != weight.numel():
             return None
-        lefts.append(up.double() * numbers.scale * adapter.weight)
-        rights.append(down.double())
+        lefts.append(up)
+        rights.append(down)
+        scales.append(torch.full((up.shape[1],), numbers.scale * adapter.weight, dtype=torch.float64))
         if numbers.dora:
             magnitude = file.module(name, "lora_magnitude_vector")
             if magnitude is None:
@@ -195,11 +197,14 @@ def _closed_form(
         key.startswith(f"{PREFIX}{name}.") and _is_foreign(key) for f in files for key in f.tensors
     ):
         return None
-    left, right = torch.cat(lefts, 1), torch.cat(rights, 0)
+    # a single adapter's factors stay where they lie, in its file
+    left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1)
+    right = rights[0] if len(rights) == 1 else torch.cat(rights, 0)
+    scale = torch.cat(scales)
     if magnitude is not None:
-        return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed)
+        return Dora(weight.detach(), left, right, magnitude=magnitude, by_row=not transposed, scales=scale)
     shares = tuple(_rank(file, name) for file in files) if len(files) > 1 else ()
-    return LowRank(weight.detach(), left, right, ranks=shares)
+    return LowRank(weight.detach(), left, right, ranks=shares, scales=scale)
 
 
 def _rank(file: AdapterFile, name: str) -> int:
@@ -216,7 +221,7 @@ def _combined_form(module: Any, weight: Tensor, *, ranks: tuple[int, ...], trans
         down, up, flip = module.lora_embedding_A[COMBINED], module.lora_embedding_B[COMBINED], True
     else:
         return None
-    up, down = up.detach().flatten(1).double(), down.detach().flatten(1).double()  # (out, r), (r, in)
+    up, down = up.detach().flatten(1), down.detach().flatten(1)  # (out, r), (r, in)
     left, right = (down.T, up.T) if flip else (up, down)
     form = "PEFT's add_weighted_adapter, W + B A"
     return LowRank(weight.detach(), left, right, form=form, ranks=ranks)

@@ -24,6 +24,7 @@ from merge_adapter.verify.findings import Finding, fault, reasons, undecided, ve
 from merge_adapter.verify.interview import Interview, Subject
 from merge_adapter.verify.layers import judge_layers, layer_findings, layer_section
 from merge_adapter.verify.loading import (
+    AdapterFile,
     Kind,
     Loaded,
     adapt,
@@ -39,6 +40,7 @@ from merge_adapter.verify.loading import (
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
 from merge_adapter.verify.placed import known_oracle
+from merge_adapter.verify.process import OwnProcess
 from merge_adapter.verify.processors import judge_processors
 from merge_adapter.verify.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.quantized import dequantized_folder, stated
@@ -80,6 +82,53 @@ class Gate:
         files = tuple(read_adapter(adapter) for adapter in self.sources.adapters)
         folder, base_files = self._base(kind)
         held = self._stack.enter_context(Checkpoint(folder, base_files.files))
+        layout = self._files(kind, held)
+        if layout is None:
+            return
+        own = None
+        if self.settings.outputs and self.settings.isolated:
+            own = self._stack.enter_context(OwnProcess())
+        started = time.monotonic()
+        dtype = stored_dtype(held)
+        base, adapted, expected = self._load(folder, kind, files, dtype)
+        merged = self._load_merged(kind)
+        self._note_time("loading", started)
+        if merged is None:
+            return
+        self._load_report(merged, base)
+        self._config(merged, base, labels_of(files))
+        with Checkpoint(self.merged, layout.files) as stored:
+            storage = stored_dtype(stored)
+        started = time.monotonic()
+        weights = self._weights(expected, merged.model)
+        self.findings += unloaded_tensors(self.merged, layout, held, merged.unexpected)
+        self._note_time("weights", started)
+        started = time.monotonic()
+        self._layers(expected, merged.model, weights)
+        self._note_time("modules", started)
+        started = time.monotonic()
+        outcomes = self._mutants(expected, storage)
+        self._note_time("mutants", started)
+        subject = Subject(
+            self.merged,
+            self.sources,
+            files,
+            folder,
+            kind,
+            adapted.model,
+            expected,
+            weights.settled,
+            outcomes,
+            dtype,
+            storage,
+            vocabulary(merged.model),
+            known_oracle(weights, named_tensors(merged.model)),
+        )
+        del merged
+        self._interview(subject, own)
+
+    def _files(self, kind: Kind, held: Checkpoint) -> Layout | None:
+        """Judge the merged folder by its files; None where they name no weights to go on with."""
         started = time.monotonic()
         headers = judge_files(self.merged, held, dtype=self.settings.dtype)
         self.findings += headers.findings
@@ -94,11 +143,13 @@ class Gate:
         if kind is Kind.EMBEDDING and pooling is not None and not (self.merged / MODULES).is_file():
             text = "is missing: sentence-transformers would pool in another way than adapter and base do"
             self.findings.append(fault("files", MODULES, text))
-        if headers.layout is None:
-            return
-        started = time.monotonic()
+        return headers.layout
+
+    def _load(
+        self, folder: Path, kind: Kind, files: tuple[AdapterFile, ...], dtype: torch.dtype
+    ) -> tuple[Loaded, Loaded, Expectations]:
+        """Base, base + adapter, and what the merged model must hold."""
         trust = self.settings.trust_remote_code
-        dtype = stored_dtype(held)
         with self.progress.task("Loading base and adapter", None):
             base = load_base(folder, kind, files, dtype=dtype, trust_remote_code=trust)
             adapted = adapt(base.model, self.sources, files)
@@ -107,45 +158,11 @@ class Gate:
         self.findings += judge_processors(self.merged, self.sources)
         expected = expectations(adapted.model, self.sources, files)
         self.findings += [undecided("adapter", "", text) for text in expected.disagreements]
-        merged = self._load_merged(kind)
-        self._note_time("loading", started)
-        if merged is None:
-            return
+        return base, adapted, expected
+
+    def _interview(self, subject: Subject, own: OwnProcess | None) -> None:
         started = time.monotonic()
-        self._load_report(merged, base)
-        self._config(merged, base, labels_of(files))
-        with Checkpoint(self.merged, headers.layout.files) as own:
-            storage = stored_dtype(own)
-        weights = self._weights(expected, merged.model)
-        self.findings += unloaded_tensors(self.merged, headers.layout, held, merged.unexpected)
-        self._note_time("weights", started)
-        self._layers(expected, merged.model, weights)
-        embeddings = vocabulary(merged.model)
-        known = known_oracle(weights, named_tensors(merged.model))
-        del merged
-        started = time.monotonic()
-        outcomes = self._mutants(expected, storage)
-        self._note_time("mutants", started)
-        started = time.monotonic()
-        interview = Interview(
-            Subject(
-                self.merged,
-                self.sources,
-                files,
-                folder,
-                kind,
-                adapted.model,
-                expected,
-                weights.settled,
-                outcomes,
-                dtype,
-                storage,
-                embeddings,
-                known,
-            ),
-            self.settings,
-            self.progress,
-        )
+        interview = Interview(subject, self.settings, self.progress, own)
         interview.run()
         self.findings += interview.findings
         self.evidence |= interview.evidence
@@ -201,7 +218,7 @@ class Gate:
                 fault("files", name, f"is missing; loading made it anew ({len(merged.missing)} such)")
             )
         for text in merged.errors[:3]:
-            self.findings.append(fault("files", "", f"loading reported: {text[:300]}"))
+            self.findings.append(fault("files", "", f"loading reported: {' '.join(text.split())[:300]}"))
         fresh = sorted(set(merged.unexpected) - set(base.unexpected))
         if fresh:
             text = f"{len(fresh)} tensors that no module loads and the base does not have"

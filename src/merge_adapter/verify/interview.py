@@ -29,6 +29,7 @@ from merge_adapter.verify.outputs import judge_outputs
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears
 from merge_adapter.verify.placed import Known
 from merge_adapter.verify.probes import Probe
+from merge_adapter.verify.process import OwnProcess
 from merge_adapter.verify.provenance import judge_likelihood, judge_vocabularies
 from merge_adapter.verify.reading import Reading, Written
 from merge_adapter.verify.reference import ReferenceArms, Setting
@@ -75,8 +76,16 @@ class Subject:
 class Interview:
     """Puts the probes to every arm. `run` fills `findings` and `evidence`."""
 
-    def __init__(self, subject: Subject, settings: VerifySettings, progress: Progress) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        settings: VerifySettings,
+        progress: Progress,
+        own: OwnProcess | None = None,
+    ) -> None:
+        """`own`: the merged model's process, where it was started before."""
         self.subject = subject
+        self._own = own
         self.settings = settings
         self.progress = progress
         self.findings: list[Finding] = []
@@ -100,7 +109,7 @@ class Interview:
             heard = self._heard(probes, tail, begun, place) if probes is not None else None
             questions = self._questions(texts, source, probes, heard, tail)
             with self.progress.task("Running the merged model on its own", None):
-                merged = ask_merged(questions)
+                merged = ask_merged(questions, self._own)
             self._tokenizer(questions, merged, source)
             self._outputs(probes, heard, merged)
             if heard is not None and heard.written is not None and merged.choices is not None:

@@ -29,6 +29,10 @@ PREFIX = "base_model.model."
 """What PEFT puts before every module path in an adapter file."""
 
 
+LONGEST_CAUSE = 400
+"""Letters of a library's own message that are passed on."""
+
+
 class Kind(StrEnum):
     """What a model answers with, and so how two of them are compared."""
 
@@ -102,13 +106,13 @@ class Loaded:
 
 
 def read_adapter(adapter: Adapter) -> AdapterFile:
-    """The adapter's tensors, safetensors before pickle. Raises NotFoundError or MalformedError."""
+    """The adapter's tensors, mapped from its file. Raises NotFoundError or MalformedError."""
     repository = adapter.repository
     for name in (ADAPTER_SAFETENSORS, ADAPTER_PICKLED):
         if name in repository.files:
             path = repository.local(name)
             with Checkpoint(path.parent, [path.name]) as held:
-                return AdapterFile(adapter, {key: held[key].clone() for key in held.tensors})
+                return AdapterFile(adapter, {key: held[key] for key in held.tensors})
     raise NotFoundError(
         f"{repository.origin} holds neither {ADAPTER_SAFETENSORS} nor {ADAPTER_PICKLED}",
         hint="Check that this is an adapter repository and that its weights were pushed.",
@@ -253,7 +257,7 @@ def load_model(
             )
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
             raise BaseModelError(
-                f"transformers cannot load {folder.name} as {auto.__name__}: {error}"
+                f"transformers cannot load {folder.name} as {auto.__name__}: {one_line(error)}"
             ) from error
     model.eval()
     errors = info.get("error_msgs") or []
@@ -267,6 +271,16 @@ def load_model(
         errors=tuple(map(str, errors)),
         said=tuple(said),
     )
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, its first cause included, on one line of bounded length."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    texts = [" ".join(str(one).split()) or type(one).__name__ for one in causes]
+    shown = texts[0] if texts[-1] in texts[0] else f"{texts[0]} ({texts[-1]})"
+    return shown if len(shown) <= LONGEST_CAUSE else f"{shown[: LONGEST_CAUSE - 1]}…"
 
 
 def _first(entry: Any) -> str:
@@ -368,7 +382,9 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
         ) as error:
             foreign = "size mismatch" in str(error)
             hint = "Its shapes belong to another base: name the one it was trained on." if foreign else ""
-            raise MethodError(f"PEFT cannot put this adapter on its base: {error}", hint=hint) from error
+            raise MethodError(
+                f"PEFT cannot put this adapter on its base: {one_line(error)}", hint=hint
+            ) from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
 

@@ -151,7 +151,8 @@ def _without(at: int, piece: Piece) -> Tensor:
     if not isinstance(update, LowRank) or not _carries(at, update):
         return piece.base + piece.delta
     columns = _columns(at, update)
-    own = update.left[piece.start : piece.stop, columns].double() @ update.right[columns].double()
+    left = update.left_rows(piece.start, piece.stop, torch.float64)
+    own = left[:, columns] @ update.right[columns].double()
     return piece.base + piece.delta - own
 
 

@@ -85,6 +85,11 @@ class Update(ABC):
         """Rows [start, stop) of the base, (rows, rest)."""
         return as_matrix(self.base)[start:stop].to(dtype)
 
+    def forget(self) -> None:
+        """Let go of what was computed once for all rows; it is computed again when they are asked for again."""
+        for name in ("_narrow", "_narrow_right_size", "_norms", "_spread"):
+            self.__dict__.pop(name, None)
+
     @abstractmethod
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of the merged tensor before rounding, (rows, rest)."""
@@ -121,7 +126,10 @@ class Update(ABC):
 
 @dataclass
 class LowRank(Update):
-    """W + left @ right, where left (rows, r) carries the scale and right is (r, rest)."""
+    """W + left scales right, with left (rows, r), right (r, rest) and a scale for each of the r.
+
+    The factors stay in the dtype and the place they came in; what is wider is made for the rows that are asked for.
+    """
 
     base: Tensor
     left: Tensor
@@ -129,9 +137,15 @@ class LowRank(Update):
     form: str = "closed form, W + s B A"
     ranks: tuple[int, ...] = ()
     """Where several adapters add up: how many of the r columns of `left` are each one's, in their order."""
+    scales: Tensor | None = None
+    """(r,) fp64; None: `left` carries them already."""
+
+    def left_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows [start, stop) of `left` times the scales, (rows, r)."""
+        return self._scaled(self.left[start:stop]).to(dtype)
 
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        left, right = self.left[start:stop].to(dtype), self.right.to(dtype)
+        left, right = self.left_rows(start, stop, dtype), self.right.to(dtype)
         return torch.addmm(self.base_rows(start, stop, dtype), left, right)
 
     def product_error(self, start: int, stop: int) -> Tensor:
@@ -140,7 +154,7 @@ class LowRank(Update):
         )
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        delta = self.left[start:stop].double() @ self.right.double()
+        delta = self.left_rows(start, stop, torch.float64) @ self.right.double()
         return self._cast_error(self._mass(start, stop), delta, dtype)
 
     def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -185,17 +199,20 @@ class LowRank(Update):
         return 2 * half_ulp(delta, dtype) + 2 * unit(dtype) * mass
 
     def _mass(self, start: int, stop: int) -> Tensor:
-        return self.left[start:stop].double().abs() @ self.right.double().abs()
+        return self.left_rows(start, stop, torch.float64).abs() @ self.right.double().abs()
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows.double() if self.scales is None else rows.double() * self.scales
 
     def _products(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The mass and the update at chosen elements, (n,) each."""
-        products = self.left[rows].double() * self.right[:, columns].T.double()  # (n, r)
+        products = self._scaled(self.left[rows]) * self.right[:, columns].T.double()  # (n, r)
         return products.abs().sum(1), products.sum(1)
 
     @cached_property
     def _narrow(self) -> tuple[Tensor, Tensor]:
         """Both factors in fp32."""
-        return self.left.float(), self.right.float()
+        return self.left_rows(0, self.left.shape[0], torch.float32), self.right.float()
 
     @cached_property
     def _narrow_right_size(self) -> Tensor:
@@ -204,7 +221,7 @@ class LowRank(Update):
     @cached_property
     def _norms(self) -> tuple[Tensor, float]:
         """The norm of each row of `left`, and the largest norm of a column of `right`."""
-        return self.left.double().norm(dim=1), float(self.right.double().norm(dim=0).max())
+        return self._scaled(self.left).norm(dim=1), float(self.right.double().norm(dim=0).max())
 
 
 @dataclass

@@ -25,7 +25,7 @@ from merge_adapter.verify.scratch import own_scratch
 SMALL = 1 << 16
 """Elements of a weight below which handing it round costs more than multiplying by it."""
 
-RESIDENT = 1 << 29
+RESIDENT = 1 << 30
 """Bytes of mapped weights that may stay in memory between passes of few vectors, which text is written by: reading the
 rest again costs less than holding all of a large model."""
 

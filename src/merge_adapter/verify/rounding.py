@@ -27,6 +27,8 @@ def half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     bits, smallest = _PRECISION[dtype]
     # frexp gives a mantissa in [0.5, 1), so the exponent in the usual sense is one less
     exponent = torch.frexp(exact.double()).exponent.sub_(1).clamp_(min=smallest)
+    # it calls zero's exponent 0; around zero numbers lie as close as among the smallest
+    exponent.masked_fill_(exact == 0, smallest)
     return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64), exponent - bits)
 
 

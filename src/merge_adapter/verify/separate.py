@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,7 @@ from merge_adapter.verify.answers import Batch
 from merge_adapter.verify.arm import ANSWERS, MEDIA, PAGER
 from merge_adapter.verify.kept import Answers
 from merge_adapter.verify.mapped import served
-
-_KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
-"""What a process needs to start and to see the same devices. Tokens and proxies are not among them."""
+from merge_adapter.verify.process import OwnProcess
 
 
 @dataclass(frozen=True)
@@ -67,19 +63,21 @@ class Questions:
     """Tokens of a soft prompt, which come before everything it reads and are no part of its answers."""
 
 
-def ask_merged(questions: Questions) -> Merged:
-    """Put the questions to the model, in a process of its own when they say so.
-
-    That process gets no secrets, in neither its environment nor its arguments, and may not reach the network.
-    """
+def ask_merged(questions: Questions, own: OwnProcess | None = None) -> Merged:
+    """Put the questions to the model, in a process of its own when they say so: `own`, or one started now."""
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory(prefix="merge-adapter-arm-") as name:
-        work = Path(name)
+    with ExitStack() as stack:
+        if own is None and questions.isolated:
+            own = stack.enter_context(OwnProcess())
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-arm-")))
+        if own is not None and questions.isolated:
+            work = own.folder
         save_file(_inputs(questions), work / "inputs.safetensors")
         (work / "job.json").write_text(json.dumps(_job(questions)), encoding="utf-8")
         with served(questions.folder, work / PAGER):
-            failed = _run(work, questions.timeout) if questions.isolated else _run_here(work)
+            isolated = own is not None and questions.isolated
+            failed = own.ask(questions.timeout) if own is not None and isolated else _run_here(work)
         if failed:
             return Merged(error=failed)
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
@@ -143,28 +141,4 @@ def _run_here(work: Path) -> str:
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
         result["error"] = f"{type(error).__name__}: {error}"
     (work / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return ""
-
-
-def _run(work: Path, timeout: float) -> str:
-    """Run the process to its end; says why when it left no result."""
-    environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HOME": str(work / "home"),
-        "HOME": str(work),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        # threads that wait for each other give their core away: where others need it too, spinning costs the most
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    command = [sys.executable, "-I", "-m", "merge_adapter.verify.arm", str(work)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return f"the merged model gave no answer within {timeout:.0f} s"
-    if not (work / "result.json").exists():
-        tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        return f"the process that runs the merged model ended with status {done.returncode}: {tail[0][:300]}"
     return ""

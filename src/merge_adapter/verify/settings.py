@@ -17,7 +17,8 @@ class VerifySettings:
     """The dtype the merge was asked for. AUTO: the merged tensors must keep the base's; a merge that narrowed
     them unasked fails."""
     probe_tokens: int | None = None
-    """Tokens that every arm of the output part reads. None: 512 on a CPU, 2048 on a GPU."""
+    """Tokens that every arm of the output part reads. None: as many as it takes to show that the adapter does more than
+    rounding, 512 at most on a CPU and 2048 on a GPU; see `merge_adapter.verify.rounds`."""
     probes: Path | None = None
     """The user's own probe documents, one per line, or JSON lines (.jsonl) with a `text` or `messages` key each; they
     come before the ones that ship with the package."""
@@ -25,8 +26,8 @@ class VerifySettings:
     """Whether the pipeline fetches documents of the data sets that the adapter's card names, where `probes` is None."""
     domain: tuple[Dataset, ...] = ()
     """What it found: their documents come before the ones that ship with the package."""
-    greedy_tokens: int = 24
-    """Length of the greedy continuations, 0 for none."""
+    greedy_tokens: int = 16
+    """Length of the greedy continuations, 0 for none. About a sentence; each token reads all weights once more."""
     greedy_prompts: int = 4
     """How many documents are continued."""
     outputs: bool = True
@@ -48,7 +49,7 @@ class VerifySettings:
     """Seconds after which the process that runs the merged model is stopped."""
 
     def tokens(self, device: str) -> int:
-        """The number of probe tokens in force on `device`."""
+        """The number of probe tokens on `device`: of those asked for, or the most that are read."""
         if self.probe_tokens is not None:
             return self.probe_tokens
         return 512 if device == "cpu" else 2048

@@ -145,6 +145,8 @@ def _judge(
     finally:
         release(tensor)
         release(base)
+        if update is not None:
+            update.forget()
 
 
 def clues(sources: Resolved, name: str) -> Clues:
