@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from merge_adapter.errors import InputError, ShapeError
+from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.types import Adapter, Repository
 
 _TOKENIZER = "tokenizer.json"
@@ -18,7 +18,10 @@ _LIMIT = 64 << 20
 
 
 def check_adapters(adapters: tuple[Adapter, ...]) -> None:
-    """Raise InputError for a weight that is no number, or an adapter that was named twice."""
+    """Raise InputError for a weight that is no number, or an adapter that was named twice, MethodError for two methods.
+
+    PEFT loads adapters of one method at a time, so that nothing could judge a merge of several methods.
+    """
     for adapter in adapters:
         if not math.isfinite(adapter.weight):
             raise InputError(
@@ -29,6 +32,13 @@ def check_adapters(adapters: tuple[Adapter, ...]) -> None:
     if twice is not None:
         raise InputError(
             f"{twice} was named twice", hint="Name each adapter once, and give it a weight with --weight."
+        )
+    methods = sorted({adapter.method for adapter in adapters})
+    if len(methods) > 1:
+        raise MethodError(
+            f"The adapters are of different methods, {' and '.join(methods)}. PEFT loads those of one method together"
+            " and no others, so that a merge of all in one step could not be compared with it.",
+            hint="Merge them one by one: merge FIRST --output DIR, then merge SECOND --base-model DIR.",
         )
 
 

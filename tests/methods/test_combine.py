@@ -347,6 +347,9 @@ def test_an_adapter_is_named_once_and_weighs_a_number(several: Callable[..., Sev
         check_adapters((first, first))
     with pytest.raises(InputError, match="not a finite number"):
         check_adapters((first, second))
+    with pytest.raises(MethodError, match="LOHA and LORA") as caught:
+        check_adapters((first, replace(second, method="LOHA", weight=1.0)))
+    assert "--base-model" in caught.value.hint
 
 
 def test_adapters_of_different_base_revisions_are_told(several: Callable[..., Several]) -> None:
