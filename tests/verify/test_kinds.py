@@ -421,6 +421,21 @@ def test_an_encoder_decoder_writes_what_the_reference_writes(made: Callable[[str
     assert greedy["tokens"] == 12
 
 
+def test_a_speech_model_writes_down_what_the_reference_hears(
+    made: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    """Greedy text of sounds; a merge that did nothing writes something else."""
+    right = made("whisper", "fp32")
+    greedy = right.judge(greedy_tokens=12, greedy_prompts=3).evidence["greedy"]
+    assert (greedy["equal"], greedy["of"], greedy["tokens"]) == (3, 3, 12)
+    assert [row["prompt"] for row in greedy["texts"]] == ["sound 1", "sound 2", "sound 3"]
+    wrong = right.judge(right.spoiled(tmp_path / "no-op", 0.0), greedy_tokens=12, greedy_prompts=3).evidence[
+        "greedy"
+    ]
+    assert wrong["equal"] < 3
+    assert all(row["merged"] == row["base"] for row in wrong["texts"])
+
+
 def test_sounds_go_through_the_repository_s_feature_extractor(
     made: Callable[[str, str], Made], sources_of: Any, reported: Any, tmp_path: Path
 ) -> None:

@@ -222,7 +222,8 @@ def continued(
         return text.clone()
     same = int(differs[rows].int().argmax(1).min())
     written = text.clone()
-    chosen = Batch(prompts.ids[rows], prompts.mask[rows])
+    media = {name: value[rows] for name, value in prompts.media.items()}
+    chosen = Batch(prompts.ids[rows], prompts.mask[rows], media)
     rest, _ = greedy(model, chosen, text.shape[1] - same, device, kind, text[rows, :same])
     written[rows, same:] = rest
     return written
@@ -252,19 +253,27 @@ def _answered(
     model: Any, batch: Batch, said: Tensor, device: torch.device
 ) -> Generator[Tensor, Tensor, None]:
     """The same of a decoder that answers what an encoder has read."""
-    mask = batch.mask.to(device)
+    model = _asked(model, batch)
     step = torch.full((len(batch), 1), start_token(model.config), device=device)
     step = torch.cat((step, said.to(device)), 1)
-    inputs: dict[str, Any] = {"input_ids": batch.ids.to(device)}
+    inputs: dict[str, Any] = _encoded(batch, device)
+    kept = {name: value for name, value in inputs.items() if name == "attention_mask"}
     past = None
     while True:
-        output = model(**inputs, attention_mask=mask, decoder_input_ids=step, use_cache=True)
+        output = model(**inputs, decoder_input_ids=step, use_cache=True)
         past = getattr(output, "past_key_values", None)
         token = yield _logits(output)
         step = token if past is not None else torch.cat((step, token), 1)
-        inputs = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        inputs = {**kept, "encoder_outputs": (output.encoder_last_hidden_state,)}
         if past is not None:
             inputs["past_key_values"] = past
+
+
+def _encoded(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What the encoder reads: sounds where there are some, which need no mask, else text."""
+    if batch.media:
+        return batch.arguments(device)
+    return {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
 
 
 def _places(model: Any, mask: Tensor, count: int) -> dict[str, Tensor]:
@@ -283,11 +292,9 @@ def taught(
     """The model's own next-token choice at every place of a given continuation: (documents, length)."""
     with torch.no_grad():
         if kind in TAUGHT:
-            output = model(
-                input_ids=prompts.ids.to(device),
-                attention_mask=prompts.mask.to(device),
-                decoder_input_ids=shifted(model.config, continuation).to(device),
-            )
+            model = _asked(model, prompts)
+            inputs = _encoded(prompts, device)
+            output = model(**inputs, decoder_input_ids=shifted(model.config, continuation).to(device))
             return _logits(output).float().argmax(-1).cpu()
         ids = torch.cat((prompts.ids, continuation), 1).to(device)
         mask = torch.cat((prompts.mask, torch.ones_like(continuation)), 1).to(device)

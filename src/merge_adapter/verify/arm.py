@@ -32,6 +32,9 @@ _NEEDED = ("answers", "fronted", "loading", "products", "tokens")
 MEDIA = "media."
 """Before the names of pictures and sounds among the inputs."""
 
+PROMPTED = "prompted."
+"""Before the names of those that belong to the prompts."""
+
 
 def main(folder: Path) -> None:
     """Run one job. Any failure ends up in result.json under `error`, and in the exit status."""
@@ -115,7 +118,8 @@ def _answer(
     for at, piece in enumerate(batch.parts()):
         _leave(folder, at, answer(model, kind, piece, device))
     if "prompts" in inputs:
-        prompts, text = Batch(inputs["prompts"], inputs["prompts_mask"]), inputs["continuation"]
+        media = {n.removeprefix(PROMPTED): value for n, value in inputs.items() if n.startswith(PROMPTED)}
+        prompts, text = Batch(inputs["prompts"], inputs["prompts_mask"], media), inputs["continuation"]
         choices = taught(model, prompts, text, device, kind)
         written = continued(model, prompts, text, choices, device, kind)
         save_file({"choices": choices, "written": written}, folder / "text.safetensors")

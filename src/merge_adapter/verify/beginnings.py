@@ -71,6 +71,12 @@ def beginnings(
     return Beginnings(Batch(ids, mask), tuple(shown for _, shown in rows))
 
 
+def spoken(batch: Batch, names: Sequence[str], count: int) -> Beginnings:
+    """The first `count` sounds of `batch`, to be written down from the start."""
+    heard = batch.part(0, count)
+    return Beginnings(Batch(heard.ids[:, :0], heard.mask[:, :0], heard.media), tuple(names[:count]))
+
+
 def of_one_length(found: Beginnings, count: int) -> Beginnings | None:
     """Up to `count` prompts that need no padding beside each other, of the length that most have, the longer of two.
 

@@ -19,7 +19,7 @@ from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.answers import LANGUAGE, Batch
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
-from merge_adapter.verify.beginnings import Beginnings, beginnings
+from merge_adapter.verify.beginnings import Beginnings, beginnings, spoken
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
 from merge_adapter.verify.greedy import judge_written
@@ -175,13 +175,15 @@ class Interview:
         self.findings.append(undecided("outputs", "", text))
 
     def _begun(self, texts: tuple[Probe, ...], tokenizer: Any, probes: Probes) -> Beginnings | None:
-        """What is continued greedily, by the kinds that write text from text."""
+        """What is continued greedily, or answered: by the kinds that write text from text or from sounds."""
         kind, count = self.subject.kind, self.settings.greedy_prompts
         rows, places = vocabulary(self.subject.adapted), positions(self.subject.adapted.config)
         # prompt and continuation share the model's positions, of which there may be few
         length = min(self.settings.greedy_tokens, places // 2)
+        if kind is Kind.SPEECH and count and length:
+            return replace(spoken(probes.batch, probes.names, count), length=length)
         if kind not in (Kind.CAUSAL, Kind.SEQ2SEQ) or rows is None or not count or not length:
-            if kind in (Kind.VISION_TEXT, Kind.SPEECH):
+            if kind is Kind.VISION_TEXT:
                 self.findings.append(note("greedy", "", f"greedy text of a {kind} model was not compared"))
             return None
         found = None

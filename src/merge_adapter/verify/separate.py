@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
-from merge_adapter.verify.arm import ANSWERS, MEDIA, PAGER
+from merge_adapter.verify.arm import ANSWERS, MEDIA, PAGER, PROMPTED
 from merge_adapter.verify.kept import Answers
 from merge_adapter.verify.mapped import served
 from merge_adapter.verify.process import OwnProcess
@@ -109,6 +109,7 @@ def _inputs(questions: Questions) -> dict[str, Tensor]:
             "prompts_mask": prompts.mask.contiguous(),
             "continuation": continuation.contiguous(),
         }
+        inputs |= {f"{PROMPTED}{name}": value.clone() for name, value in prompts.media.items()}
     return inputs
 
 
