@@ -67,9 +67,9 @@ class _Jar:
         self.csrf = login._csrf(value)
 
 
-def logged_in(bot: RunningBot, user: str, token: str) -> _Jar:
+def logged_in(bot: RunningBot, user: str, token: str, *, member: str = "", writes: str = "") -> _Jar:
     jar, parts = _Jar(), login.Parts(bot.settings, bot.queue, bot.inbox, open_vault(bot.settings))
-    login.begin_session(jar, Login(user, (), token, 3600.0), parts)  # type: ignore[arg-type]
+    login.begin_session(jar, Login(user, (member,), token, 3600.0, (writes,)), parts)  # type: ignore[arg-type]
     return jar
 
 
@@ -146,6 +146,18 @@ def test_forms_need_a_session_its_token_and_our_origin(bot: RunningBot) -> None:
     assert post(bot, address, f"csrf={ada.csrf}", cookie=ada.cookie, origin=bot.url)[0] == 204
     found = find_job(bot.queue.store, submission.job_id)
     assert found is not None and (found.state, found.message) == (JobState.CANCELLED, "cancelled by ada")
+
+
+def test_reading_members_see_an_organisations_jobs_and_writing_ones_cancel_them(bot: RunningBot) -> None:
+    submission = bot.queue.submit(JobRequest("acme/x", "a" * 40, Source.WEBHOOK, private=True))
+    assert isinstance(submission, Submitted)
+    reader = logged_in(bot, "rae", "hf_r", member="acme")
+    writer = logged_in(bot, "wil", "hf_w", member="acme", writes="acme")
+    address = f"/jobs/{submission.job_id}"
+    assert "Cancel this job" not in get(bot, address, cookie=reader.cookie)[1]
+    assert post(bot, f"{address}/cancel", f"csrf={reader.csrf}", cookie=reader.cookie)[0] == 403
+    assert "Cancel this job" in get(bot, address, cookie=writer.cookie)[1]
+    assert post(bot, f"{address}/cancel", f"csrf={writer.csrf}", cookie=writer.cookie)[0] == 204
 
 
 def test_the_form_says_what_is_wrong(bot: RunningBot, push_adapter: Any) -> None:

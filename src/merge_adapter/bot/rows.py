@@ -18,6 +18,8 @@ class Viewer:
 
     user: str = ""
     organisations: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    """Organisations whose repositories they may write to."""
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -29,8 +31,8 @@ class Viewer:
         return not request.private or mine or request.adapter.partition("/")[0] in self.namespaces
 
     def may_change(self, job: Job) -> bool:
-        """Whether they may cancel it: who asked for it, or owns the adapter."""
-        owns = job.request.adapter.partition("/")[0] in self.namespaces
+        """Whether they may cancel it: who asked for it, or may write to the adapter."""
+        owns = job.request.adapter.partition("/")[0] in (self.user, *self.writes)
         return bool(self.user) and (job.request.requested_by == self.user or owns)
 
 

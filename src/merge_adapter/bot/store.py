@@ -61,6 +61,7 @@ _MIGRATIONS = {
         "DROP INDEX jobs_running",
         "CREATE INDEX jobs_open ON jobs (target) WHERE state IN ('queued', 'running')",
         "UPDATE jobs SET target = lower(target)",
+        "DELETE FROM sessions",  # who may write was not kept: people log in again
     )
 }
 """What makes the next version of each earlier one."""

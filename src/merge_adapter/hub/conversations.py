@@ -63,7 +63,8 @@ class Members:
     accounts only, and a contributor's rights end at their own repositories."""
 
 
-_WRITERS = frozenset({"admin", "write"})
+WRITERS = frozenset({"admin", "write"})
+"""Roles in an organisation that may write to all of its repositories."""
 
 
 def members(hub: Hub, organisation: str) -> Members:
@@ -79,7 +80,7 @@ def members(hub: Hub, organisation: str) -> Members:
             return Members(frozenset(), frozenset())
         raise
     roles = {user.username.lower(): getattr(user, "role", None) for user in listed}
-    return Members(frozenset(roles), frozenset(name for name, role in roles.items() if role in _WRITERS))
+    return Members(frozenset(roles), frozenset(name for name, role in roles.items() if role in WRITERS))
 
 
 def is_organisation(hub: Hub, name: str) -> bool:

@@ -12,6 +12,7 @@ from urllib.parse import urlencode, urlsplit
 import httpx2
 
 from merge_adapter.errors import HubError, PolicyError
+from merge_adapter.hub.conversations import WRITERS
 
 _TIMEOUT = 20.0
 
@@ -51,6 +52,8 @@ class Login:
     token: str
     seconds: float
     """How long the token lives."""
+    writes: tuple[str, ...] = ()
+    """Those of the organisations in whose repositories they may write, by their role."""
 
 
 def new_attempt() -> Attempt:
@@ -92,12 +95,18 @@ def finish_login(app: OAuthApp, attempt: Attempt, *, code: str, state: str) -> L
     user = who.get("preferred_username")
     if not isinstance(user, str) or not user:
         raise HubError(f"{app.provider} does not say who logged in")
-    organisations = tuple(
-        str(one["preferred_username"])
+    roles = {
+        str(one["preferred_username"]): one.get("roleInOrg")
         for one in who.get("orgs") or ()
         if isinstance(one, dict) and one.get("preferred_username")
+    }
+    return Login(
+        user,
+        tuple(roles),
+        token,
+        float(seconds) if isinstance(seconds, (int, float)) else 3600.0,
+        tuple(name for name, role in roles.items() if role in WRITERS),
     )
-    return Login(user, organisations, token, float(seconds) if isinstance(seconds, (int, float)) else 3600.0)
 
 
 def origin_of(url: str) -> str:

@@ -69,19 +69,21 @@ def read_session(request: Request, parts: Parts) -> Session:
     rows = parts.queue.store.read("SELECT * FROM sessions WHERE id = ?", (_hashed(cookie),))
     if not rows or rows[0]["expires"] < parts.queue.store.clock():
         return NOBODY
-    viewer = Viewer(rows[0]["user"], tuple(json.loads(rows[0]["organisations"])))
+    found = json.loads(rows[0]["organisations"])
+    viewer = Viewer(rows[0]["user"], tuple(found["member"]), tuple(found["writes"]))
     return Session(viewer, _csrf(cookie), rows[0]["token"])
 
 
 def begin_session(response: Response, login: Login, parts: Parts) -> None:
     """Store who logged in, and give the browser an unguessable name for it."""
     cookie, store = secrets.token_urlsafe(32), parts.queue.store
+    organisations = json.dumps({"member": login.organisations, "writes": login.writes})
     sealed, expires = parts.vault.seal(login.token), store.clock() + login.seconds
 
     def work(db: sqlite3.Connection) -> None:
         db.execute(
             "INSERT INTO sessions (id, user, organisations, token, expires) VALUES (?, ?, ?, ?, ?)",
-            (_hashed(cookie), login.user, json.dumps(login.organisations), sealed, expires),
+            (_hashed(cookie), login.user, organisations, sealed, expires),
         )
 
     store.write(work)
