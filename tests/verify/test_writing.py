@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from merge_adapter.types import Verdict
+from merge_adapter.verify import VerifySettings
 from merge_adapter.verify.answers import Batch, continued, greedy, taught
 from merge_adapter.verify.loading import Kind, load_model
 
@@ -39,3 +43,37 @@ def test_equal_text_is_not_written_again(prompts: Batch) -> None:
     """No model is asked."""
     text = torch.arange(6).reshape(2, 3)
     assert torch.equal(continued(None, prompts, text, text, CPU), text)
+
+
+@pytest.mark.parametrize("positions", [6, 20])
+def test_text_fits_a_model_with_few_positions(
+    positions: int,
+    sources_of: Callable[..., Any],
+    reported: Callable[..., Any],
+    silence: Callable[[], Any],
+    tmp_path: Path,
+) -> None:
+    """Prompt and continuation share them: neither runs past the end."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=200, n_positions=positions, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    with silence():
+        base = transformers.GPT2LMHeadModel(config)
+        base.save_pretrained(tmp_path / "base")
+        lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+        model = peft.get_peft_model(base, lora)
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    sources = sources_of(tmp_path / "adapter", tmp_path / "base")
+    result = reported(tmp_path / "merged", sources, VerifySettings(isolated=False))
+    assert result.verdict is Verdict.PASS, result.reasons
+    greedy = result.evidence["greedy"]
+    assert greedy["tokens"] == (positions - 2) // 2
+    assert greedy["equal"] == greedy["of"] == 4
