@@ -13,7 +13,7 @@ FROM ${BASE_IMAGE} AS build
 # cpu, or a CUDA version as PyTorch names it, such as cu130.
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH}
-ARG EXTRAS="bot demo quantized sentence-transformers"
+ARG EXTRAS="bot demo parquet quantized sentence-transformers vision"
 # pip reads these by itself where they are given, for builds without the index.
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS

@@ -29,7 +29,7 @@ SUITE = "bookworm"
 PACKAGES = "python3,python3-venv,ca-certificates"
 BASE = "localhost/debian-python"
 IMAGE = "localhost/merge-adapter"
-EXTRAS = ("bot", "demo", "quantized", "sentence-transformers")
+EXTRAS = ("bot", "demo", "parquet", "quantized", "sentence-transformers", "vision")
 NEEDED = {"buildah": "buildah", "debootstrap": "debootstrap"}
 """Program -> Debian package."""
 
