@@ -101,7 +101,9 @@ class StoredWeights(Weights):
         with self._lock:
             if file.path in self._descriptors:
                 return self._descriptors[file.path]
-        place = self._repository.local(file.path)  # perhaps a download, while others go on with files that are here
+        place = self._repository.local(
+            file.path
+        )  # perhaps a download, while others go on with files that are here
         with self._lock:
             if file.path not in self._descriptors:
                 self._descriptors[file.path] = os.open(place, os.O_RDONLY)
