@@ -405,6 +405,35 @@ def test_an_event_that_finds_a_bug_holds_up_no_other_and_is_not_lost(
         assert event["failures"] == 1 and "KeyError" in event["note"]
 
 
+@pytest.mark.parametrize("where", ["the look-up", "the store"])
+def test_a_disk_that_was_full_for_a_moment_costs_no_event_its_job(
+    settings: BotSettings, push_adapter: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A StorageError is an InputError too, and bad input settles an event for good. This one is not its fault."""
+    from merge_adapter.bot.events import PushEvent
+
+    repo_id, sha = push_adapter("ada/full-for-a-moment")
+    hub = Hub(settings.endpoint, "hf_ada")
+    with Store(settings.database) as store:
+        inbox = Inbox(store)
+        inbox.put(PushEvent(repo_id, "refs/heads/main", None, sha)).result()
+        target, name = (hub, "open") if where == "the look-up" else (inbox, "settle")
+        real, full = getattr(target, name), iter([StorageError("the disk is full")])
+
+        def once_full(*arguments: Any, **options: Any) -> Any:
+            for error in full:
+                raise error
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(target, name, once_full)
+        intake = Intake(inbox, hub, settings)
+        intake.work_off()
+        assert inbox.waiting() == 1 and list_jobs(store) == []
+        store.write(lambda db: db.execute("UPDATE events SET not_before = 0") and None)
+        intake.work_off()
+        assert [job.request.adapter for job in list_jobs(store)] == [repo_id]
+
+
 def test_an_asker_whose_discussion_fails_keeps_no_other_waiting(
     settings: BotSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from merge_adapter.errors import (
     NotFoundError,
     PolicyError,
     RemoteError,
+    StorageError,
     UnmergeableError,
 )
 from merge_adapter.hub.catalogue import adapter_folders
@@ -98,6 +99,9 @@ class Intake:
                 log("event", **facts, note="; ".join(_told(note, one) for one in submissions or (None,)))
             else:
                 self._comment(pending, event)
+        except StorageError as error:  # this machine's disk, which says nothing of the event
+            self.inbox.postpone(pending, error.message)
+            log("event-postponed", **facts, error=error.message)
         except RemoteError as error:
             if is_final(error):
                 self.inbox.settle(pending, error.message)
@@ -168,6 +172,8 @@ class Intake:
                 self.inbox.settle(pending, "no command in the comment")
                 return
             request = self._commanded(event, comment, command)
+        except StorageError:
+            raise
         except (InputError, PolicyError, UnmergeableError) as error:
             self._say(event, refused_text(error, comment.author), f"{event.comment_id}-refused")
             self.inbox.settle(pending, error.message)

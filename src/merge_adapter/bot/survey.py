@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.settings import BotSettings
-from merge_adapter.errors import MergeAdapterError, RemoteError
+from merge_adapter.errors import MergeAdapterError, RemoteError, StorageError
 from merge_adapter.hub import Hub, HubRepository
 from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.plan import make_plan
@@ -45,7 +45,7 @@ class Standing(StrEnum):
     TO_DO = "to do"
     REFUSED = "refused"
     UNKNOWN = "unknown"
-    """The Hub failed; look again."""
+    """The Hub failed, or this machine's disk; look again."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def _look_at(
 
 
 def _failed(repo_id: str, subfolder: str, error: MergeAdapterError) -> Candidate:
-    standing = Standing.UNKNOWN if isinstance(error, RemoteError) else Standing.REFUSED
+    passing = isinstance(error, RemoteError | StorageError)  # the network or this disk, not the adapter
+    standing = Standing.UNKNOWN if passing else Standing.REFUSED
     return Candidate(repo_id, standing, error.message, subfolder=subfolder)
 
 
