@@ -273,6 +273,32 @@ def test_two_adapters_add_up_on_the_loaded_base(base: Callable[..., Path], tmp_p
         assert float((got[name] - (one[name] + two[name] - value)).abs().max()) <= 1e-5, name
 
 
+def test_a_new_head_beside_what_cannot_be_undone(base: Callable[..., Path], tmp_path: Path) -> None:
+    """The class changes, and all its parameters must be there: those on disk in another form are."""
+    import transformers
+    from peft import PeftModel, get_peft_model
+
+    folder = base()
+    auto = transformers.AutoModelForSequenceClassification
+    with registered(halved(Doubled())):
+        torch.manual_seed(2)
+        with quietly():
+            plain = auto.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+            made = get_peft_model(
+                plain, lora(target_modules=["v_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+            )
+            made.save_pretrained(tmp_path / "adapter")
+        plan = merged(sources(folder, tmp_path / "adapter"), tmp_path / "out")
+        with quietly():
+            fresh = auto.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+            expected = PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload().state_dict()
+            got = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert plan.consumed == plan.adapter_tensors
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float((got[name] - value).abs().max()) <= 1e-5, name
+
+
 def test_streaming_on_demand_says_why_it_cannot_be(base: Callable[..., Path], tmp_path: Path) -> None:
     folder = base()
     with registered(halved(Doubled())):

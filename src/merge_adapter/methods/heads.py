@@ -64,7 +64,10 @@ def _new_architecture(context: Context, placed: Placed, resized: Resized | None)
 
 
 def _check_complete(context: Context, placed: Placed, architecture: str) -> None:
-    """Refuse a class with parameters that neither base nor adapter has: loaded, they would be random."""
+    """Refuse a class with parameters that neither base nor adapter has: loaded, they would be random.
+
+    Raises OneWayError for some that the base has in a form that cannot be written back.
+    """
     model = context.names.module("")
     if model is None:
         return
@@ -76,6 +79,8 @@ def _check_complete(context: Context, placed: Placed, architecture: str) -> None
             context.names.direct(one) or context.names.group(one) for one in (name, *context.names.tied(name))
         )
     ]
+    for name in missing:
+        context.names.check_two_ways(name)  # on disk all the same, in a form that cannot be written back
     if missing:
         raise BaseModelError(
             f"A {architecture} has parameters that neither the base nor the adapter holds: {_some(missing)}. In"
