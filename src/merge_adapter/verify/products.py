@@ -25,9 +25,9 @@ from merge_adapter.verify.scratch import own_scratch
 SMALL = 1 << 16
 """Elements of a weight below which handing it round costs more than multiplying by it."""
 
-RESIDENT = 1 << 30
-"""Bytes of mapped weights that may stay in memory between passes of few vectors, which text is written by: reading the
-rest again costs less than holding all of a large model."""
+RESIDENT = 1 << 31
+"""Bytes of mapped weights that may stay in memory between passes of few vectors, by which text is written: mapping a
+weight again costs as much as multiplying a few vectors by it, and clean pages are the system's to take at any time."""
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
