@@ -117,7 +117,7 @@ def test_files_that_cannot_be_read_are_passed_over_or_told(
     )
     code, other = push("code", {"code.py": b"raise SystemExit('run')", "sound.wav": b"RIFF"})
     first, second = fetch_domain(sources(adapter(mixed, code), lm_base), hub=ours)
-    assert (first.file, first.text, first.revision) == ("more.csv", "longest text: review", sha)
+    assert (first.file, first.text, first.revision) == ("more.csv", "longest text", sha)
     assert [probe.text for probe in first.probes] == ["A film of some length."]
     assert (second.revision, second.problem) == (other, "none of its files is of a kind that is read")
 

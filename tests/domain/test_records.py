@@ -158,7 +158,7 @@ def test_parquet_without_text_says_so(tmp_path: Path) -> None:
             "user: Who?\n\nAda.\nassistant: Ada",
         ),
         ({"premise": "It rains.", "hypothesis": "Wet.", "label": 1}, "pair: premise, hypothesis", "It rains.\nWet."),
-        ({"a": "short", "review": "A film of some length."}, "longest text: review", "A film of some length."),
+        ({"a": "short", "review": "A film of some length."}, "longest text", "A film of some length."),
     ],
 )  # fmt: skip
 def test_columns_become_documents_by_the_rule(record: dict[str, Any], rule: str, plain: str) -> None:
@@ -175,6 +175,13 @@ def test_columns_become_documents_by_the_rule(record: dict[str, Any], rule: str,
 )
 def test_records_without_text_give_no_columns(record: dict[str, Any]) -> None:
     assert columns_of(record) is None
+
+
+def test_a_table_without_a_head_leaks_no_text_into_the_rule() -> None:
+    """Its first row stands where names would: the rule, which reports show, leaves them out."""
+    columns = columns_of({"The first text of all.": "The second text of all."})
+    assert columns is not None
+    assert str(columns) == "longest text"
 
 
 def test_documents_are_bounded_and_records_of_another_shape_passed_over() -> None:

@@ -29,6 +29,8 @@ DATASETS = 3
 """Data sets that are read; a card may name hundreds."""
 
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
+_LONGEST_PATH = 200
+"""Characters; paths stand in reports."""
 _TRIES = 3
 """Files of one data set that are tried, the likeliest first."""
 _TRAINING, _HELD_OUT = (
@@ -113,7 +115,10 @@ def candidates(repository: Repository) -> Iterator[str]:
     ranked = sorted(
         (_split(path.lower()), list(FORMATS.values()).index(kind), path.count("/"), path)
         for path, size in repository.files.items()
-        if size and (kind := format_of(path)) and not _NO_DATA.search(path.lower())
+        if size
+        and len(path) <= _LONGEST_PATH
+        and (kind := format_of(path))
+        and not _NO_DATA.search(path.lower())
     )
     yield from (path for *_, path in ranked[:_TRIES])
 

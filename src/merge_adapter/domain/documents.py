@@ -33,6 +33,7 @@ _FIRST = ("sentence1", "premise", "anchor", "sentence", "text1")
 _SECOND = ("sentence2", "hypothesis", "positive", "text2")
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _SHORTEST_GUESS = 20
+_GUESSED = "longest text"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Columns:
     """`conversation`, `text`, `task`, `pair` or `longest text`."""
 
     def __str__(self) -> str:
-        return f"{self.rule}: {', '.join(self.names)}"
+        """For reports. Names that are not of the rule itself are left out: of a table without a head they are text."""
+        return self.rule if self.rule == _GUESSED else f"{self.rule}: {', '.join(self.names)}"
 
 
 def columns_of(record: Mapping[str, Any]) -> Columns | None:
@@ -67,7 +69,7 @@ def columns_of(record: Mapping[str, Any]) -> Columns | None:
     lengths = {name: len(_text(value)) for name, value in record.items()}
     longest = min(lengths, key=lambda name: (-lengths[name], name), default="")
     if lengths.get(longest, 0) >= _SHORTEST_GUESS:
-        return Columns((longest,), "longest text")
+        return Columns((longest,), _GUESSED)
     return None
 
 
