@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from merge_adapter.errors import StorageError
-from merge_adapter.workspace import check_destination, check_space, deliver, partial_folder, storage_errors
+from merge_adapter.workspace import (
+    check_destination,
+    check_space,
+    deliver,
+    partial_folder,
+    storage_errors,
+    work_folder,
+)
 
 
 def test_a_folder_appears_only_when_it_is_delivered(tmp_path: Path) -> None:
@@ -81,3 +88,33 @@ def test_refusals_of_the_disk_become_storage_errors(tmp_path: Path, code: int) -
 def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="needs"):
         check_space(tmp_path / "not" / "yet", 1 << 60)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files of the test's own; the one below it that work folders are made in."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"merge-adapter-{os.getuid()}"
+
+
+def test_each_of_two_runs_of_a_job_has_a_work_folder_of_its_own(temporary: Path) -> None:
+    with work_folder("job") as one, work_folder("job") as other:
+        assert one != other
+        assert one.parent == other.parent == temporary
+        (one / "shard").write_bytes(b"1")
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_gone_when_any_other_begins(temporary: Path) -> None:
+    left = temporary / ".killed-0.partial"
+    left.mkdir(parents=True)
+    (left / "shard").write_bytes(b"1")
+    with work_folder("another") as place:
+        assert not left.exists()
+        assert list(temporary.iterdir()) == [place]
+
+
+def test_a_place_that_is_not_a_folder_is_no_place_to_work(temporary: Path) -> None:
+    temporary.symlink_to(temporary.parent)
+    with pytest.raises(StorageError, match="is not a folder of this user"), work_folder("job"):
+        pass

@@ -406,9 +406,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='such as {"fault": "answer", "status": 503, "path": "/commit/", "times": 2}; faults are '
         + ", ".join(FAULTS),
     )
+    for way in ("download", "upload"):
+        parser.add_argument(f"--{way}", type=float, metavar="N", help="bytes a second at most, in all")
     options = parser.parse_args(arguments)
     try:
-        proxy = FaultProxy(options.upstream, [parse_rule(text) for text in options.rule], port=options.port)
+        rules = [parse_rule(text) for text in options.rule]
+        proxy = FaultProxy(
+            options.upstream, rules, port=options.port, download=options.download, upload=options.upload
+        )
     except ValueError as error:
         sys.stderr.write(f"localhub.faults: {error}\n")
         return 2

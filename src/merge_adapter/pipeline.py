@@ -147,11 +147,7 @@ def run(
             return _unchanged(published.report, published.publication)
     plan = make_plan(sources, request.settings)
     if disk_budget is not None and exceeds(disk_budget, sources, plan, request.settings):
-        if output is not None:
-            raise InputError(
-                f"the merged model cannot be kept in {output} within a disk budget of {disk_budget:,} bytes",
-                hint="Leave out one of --output and --disk-budget.",
-            )
+        _check_nothing_kept(output, disk_budget)
         from merge_adapter.staging.run import run_within
 
         request = _asking(request, sources, hub, progress)
@@ -275,6 +271,15 @@ def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Pro
 def rejected(output: Path) -> Path:
     """Where a folder goes that the gate did not pass."""
     return output.with_name(output.name + ".rejected")
+
+
+def _check_nothing_kept(output: Path | None, disk_budget: int) -> None:
+    """Raise InputError where a folder is to stay that the disk budget does not hold."""
+    if output is not None:
+        raise InputError(
+            f"the merged model cannot be kept in {output} within a disk budget of {disk_budget:,} bytes",
+            hint="Leave out one of --output and --disk-budget.",
+        )
 
 
 def _check_output(output: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from passing_world import WEIGHTS, World
 
-from localhub.faults import Answer, FaultProxy, Rule
+from localhub.faults import Answer, Cut, FaultProxy, LoseAnswer, Rule
 from merge_adapter.errors import InputError, StorageError
 from merge_adapter.pipeline import RunOutcome, run
 from merge_adapter.publish import PublishSettings
@@ -270,4 +270,21 @@ def test_a_local_base_passes_through_too(
     )
     assert outcome.publication is not None
     assert outcome.stages is not None
+    assert world.weights(outcome.publication.repo, "refs/pr/1") == merged_weights()
+
+
+def test_a_bad_line_only_takes_longer(world: World, base: str, merged_weights: Weights) -> None:
+    """Answers cut off in the middle of a shard, a Hub that is down for a moment, the answer to the commit lost."""
+    adapter = world.adapter(base)
+    rules = [
+        Rule(Cut(after=100_000), method="GET", path=r"/resolve/.*safetensors", skip=30, times=2),
+        Rule(Answer(503), method="GET", path=r"/resolve/.*safetensors", skip=20, times=2),
+        Rule(LoseAnswer(), method="POST", path="/commit/", times=1),
+        Rule(LoseAnswer(), method="POST", path="/discussions$", times=1),
+    ]
+    with FaultProxy(world.url, rules) as proxy:
+        outcome = passed_through(world, adapter, url=proxy.url)
+    assert all(rule.struck for rule in rules[2:])
+    assert outcome.publication is not None
+    assert world.pulls(outcome.publication.repo) == [(1, "draft")]
     assert world.weights(outcome.publication.repo, "refs/pr/1") == merged_weights()

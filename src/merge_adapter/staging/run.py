@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,11 @@ from merge_adapter.staging.paging import HerePager
 from merge_adapter.staging.place import Place, passing, set_up
 from merge_adapter.staging.relay import Made, Seconds, Stages, relay
 from merge_adapter.staging.shown import Meter
+from merge_adapter.staging.tally import Tally
 from merge_adapter.staging.units import Schedule, Unit, schedule
 from merge_adapter.staging.window import check_sparse
 from merge_adapter.types import (
     FileOrigin,
-    MergeResult,
     OnFail,
     OutputFile,
     Progress,
@@ -61,40 +61,6 @@ if TYPE_CHECKING:
 
 class NotLeaving(Exception):
     """The gate found a fault in a shard: nothing of this merge leaves any more."""
-
-
-@dataclass
-class Tally:
-    """What the units added up to."""
-
-    files: dict[str, OutputFile] = field(default_factory=dict)
-    gone: dict[str, Gone] = field(default_factory=dict)
-    seconds: float = 0.0
-    bytes_read: int = 0
-    tensors_changed: int = 0
-    retained: dict[str, float] = field(default_factory=dict)
-
-    def add(self, made: MergeResult) -> None:
-        self.files |= {file.path: file for file in made.files}
-        self.seconds += made.seconds
-        self.bytes_read += made.bytes_read
-        self.tensors_changed += made.tensors_changed
-        self.retained |= made.retained
-
-    def result(self, plan: MergePlan) -> MergeResult:
-        """As the merge of the whole would give it, for the files there are so far."""
-        files = tuple(self.files.values())
-        tensors = sum(len(shard.tensors) for shard in plan.outputs)
-        return MergeResult(
-            files=files,
-            seconds=self.seconds,
-            bytes_read=self.bytes_read,
-            bytes_written=sum(file.bytes for file in files if file.origin is not FileOrigin.COPIED),
-            bytes_changed=plan.bytes_changed,
-            tensors_changed=self.tensors_changed,
-            tensors_copied=tensors - self.tensors_changed,
-            retained=self.retained,
-        )
 
 
 def run_within(
