@@ -35,7 +35,7 @@ class Pager(Protocol):
         ...
 
     def served(self, folder: Path, address: Path) -> AbstractContextManager[None]:
-        """While the context lasts, do the same for a process that has `folder` open and asks at the socket `address`."""
+        """While the context lasts, do the same for a process that has `folder` open and asks at socket `address`."""
         ...
 
 
