@@ -14,8 +14,9 @@ from passing_world import WEIGHTS, World
 from localhub.faults import Answer, Cut, FaultProxy, LoseAnswer, Rule
 from merge_adapter.errors import InputError, StorageError
 from merge_adapter.pipeline import RunOutcome, run
-from merge_adapter.publish import PublishSettings
-from merge_adapter.types import MergeResult, Operation, PublishTo, Silent, Verdict
+from merge_adapter.publish import Outbox, PublishSettings
+from merge_adapter.publish.contents import Gone
+from merge_adapter.types import MergeResult, Operation, OutputFile, PublishTo, Silent, Verdict
 from merge_adapter.types import OnFail as Fail
 from merge_adapter.verify.settings import VerifySettings
 
@@ -288,3 +289,21 @@ def test_a_bad_line_only_takes_longer(world: World, base: str, merged_weights: W
     assert outcome.publication is not None
     assert world.pulls(outcome.publication.repo) == [(1, "draft")]
     assert world.weights(outcome.publication.repo, "refs/pr/1") == merged_weights()
+
+
+def test_a_shard_that_was_sent_is_held_by_nothing(
+    world: World, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is still mapped takes its space though its name is gone."""
+    adapter = world.adapter(base)
+    held: list[list[str]] = []
+    real = Outbox.send
+
+    def send(self: Outbox, file: OutputFile, place: Path) -> Gone | None:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        held.append([line for line in maps if "/shards/" in line and line.endswith("(deleted)")])
+        return real(self, file, place)
+
+    monkeypatch.setattr(Outbox, "send", send)
+    passed_through(world, adapter)
+    assert held == [[]] * 7
