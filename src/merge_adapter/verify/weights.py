@@ -17,6 +17,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Points, Update, as_matrix
 from merge_adapter.verify.rounding import half_ulp, rounded
 from merge_adapter.verify.scratch import own_scratch
@@ -25,6 +26,9 @@ from merge_adapter.verify.storage import same_bytes
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements of one row block: half a MB in fp32, so that a block stays in the processor's cache."""
+
+KEPT_ELEMENTS = 1 << 22
+"""The same for tensors that must be the base's: comparing bytes takes no more memory than their pages."""
 
 POINTS = 1 << 12
 """Elements judged one by one at a time: each takes a row and a column of the factors."""
@@ -97,11 +101,11 @@ class TensorEvidence:
         return self.differing / self.elements if self.elements else 0.0
 
 
-def blocks(shape: torch.Size | tuple[int, ...]) -> list[tuple[int, int]]:
-    """Row ranges [start, stop) that cover a tensor of `shape`."""
+def blocks(shape: torch.Size | tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> list[tuple[int, int]]:
+    """Row ranges [start, stop) that cover a tensor of `shape`, of about so many elements each."""
     rows = shape[0] if len(shape) else 1
     width = max(1, math.prod(shape) // max(1, rows))
-    step = max(1, BLOCK_ELEMENTS // width)
+    step = max(1, elements // width)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -137,15 +141,17 @@ class _Sums:
 
 def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
     """A tensor the adapter does not touch: the base's bytes, or the base rounded once to a dtype asked for."""
-    expected = base if merged.dtype == base.dtype else base.to(merged.dtype)
-    exact = same_bytes(merged, expected)
-    differing = 0
-    finite = True
-    if not exact:
-        left, right = as_matrix(merged), as_matrix(expected)
-        for start, stop in blocks(merged.shape):
-            differing += int((left[start:stop] != right[start:stop]).sum())
-            finite = finite and bool(torch.isfinite(left[start:stop]).all())
+    exact, finite, differing = True, True, 0
+    if merged.numel():
+        left, right = as_matrix(merged), as_matrix(base)
+        for start, stop in blocks(merged.shape, KEPT_ELEMENTS):
+            rows, wanted = left[start:stop], right[start:stop].to(merged.dtype)
+            if not same_bytes(rows, wanted):
+                exact = False
+                differing += int((rows != wanted).sum())
+                finite = finite and bool(torch.isfinite(rows).all())
+            release(rows)
+            release(right[start:stop])
     return TensorEvidence(
         name,
         "kept",
