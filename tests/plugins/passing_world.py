@@ -98,11 +98,12 @@ class World:
         }
 
     def start(
-        self, adapter: str, home: Path, *options: object, url: str | None = None
+        self, adapter: str, home: Path, *options: object, url: str | None = None, json: bool = True
     ) -> subprocess.Popen[str]:
         """`merge-adapter run` as a process."""
+        shown = ["--json"] if json else []
         return subprocess.Popen(
-            [sys.executable, "-m", "merge_adapter", "run", adapter, "--json", *map(str, options)],
+            [sys.executable, "-m", "merge_adapter", "run", adapter, *shown, *map(str, options)],
             env=self.environment(home, url),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -108,6 +108,19 @@ def test_two_at_once_make_one_pull_request(
     assert world.weights(target, f"refs/pr/{number}") == merged_weights()
 
 
+def test_a_person_is_told_the_verdict_and_the_bytes(world: World, base: str, tmp_path: Path) -> None:
+    """No folder is left to look into: what stands on the terminal has to do."""
+    adapter = world.adapter(base)
+    budget = world.budget(adapter)
+    process = world.start(adapter, tmp_path / "home", "--disk-budget", budget, "--no-verify", json=False)
+    out, said = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == ExitCode.NOT_EQUIVALENT, said
+    assert "The gate was not run" in out
+    assert "created (draft)" in out
+    assert "that the Hub had" in out
+    assert "Passed through in" in said
+
+
 def test_too_small_a_budget_is_an_error_of_input(world: World, base: str, tmp_path: Path) -> None:
     adapter = world.adapter(base)
     process = world.start(adapter, tmp_path / "home", "--disk-budget", "1MB")

@@ -155,6 +155,8 @@ def show_run(console: Console, outcome: RunOutcome) -> None:
     """The merge, when there was one, and where it was published."""
     if outcome.merged is not None:
         show_merged(console, outcome.merged)
+    elif outcome.stages is not None:  # shards passed through, and no folder is left to show
+        show_verdict(console, outcome.report["verification"])
     publication = outcome.publication
     if publication is None:
         return
@@ -164,4 +166,10 @@ def show_run(console: Console, outcome: RunOutcome) -> None:
         Operation.UNCHANGED: "unchanged: these sources and settings are published already",
     }[publication.operation]
     state = " (draft)" if publication.draft else ""
-    console.print(_facts([("published", what + state), ("at", publication.url)]))
+    facts = [("published", what + state), ("at", publication.url)]
+    if publication.bytes_uploaded is not None and publication.bytes_saved is not None:
+        saved = human_bytes(publication.bytes_saved)
+        facts.append(
+            ("uploaded", f"{human_bytes(publication.bytes_uploaded)}, saved {saved} that the Hub had")
+        )
+    console.print(_facts(facts))
