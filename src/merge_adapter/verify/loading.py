@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,10 @@ from merge_adapter.errors import BaseModelError, MalformedError, MethodError, No
 from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.methods.starts import changed_base, is_named
 from merge_adapter.types import Adapter, Repository, Resolved
+from merge_adapter.verify.kinds import AUTO_CLASS as AUTO_CLASS
+from merge_adapter.verify.kinds import HEADS, LABELLED
+from merge_adapter.verify.kinds import Kind as Kind
+from merge_adapter.verify.kinds import kind_of as kind_of
 from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
 from merge_adapter.verify.weighted import activate
 
@@ -31,53 +34,6 @@ PREFIX = "base_model.model."
 
 LONGEST_CAUSE = 400
 """Letters of a library's own message that are passed on."""
-
-
-class Kind(StrEnum):
-    """What a model answers with, and so how two of them are compared."""
-
-    CAUSAL = "causal-lm"
-    MASKED = "masked-lm"
-    SEQ2SEQ = "seq2seq-lm"
-    CLASSIFIER = "classifier"
-    TOKENS = "token-classifier"
-    SPANS = "question-answering"
-    EMBEDDING = "embedding"
-    VISION_TEXT = "image-text-to-text"
-    IMAGES = "image-classifier"
-    AUDIO = "audio-classifier"
-    SPEECH = "speech-seq2seq"
-    CTC = "speech-ctc"
-
-
-AUTO_CLASS = {
-    Kind.CAUSAL: "AutoModelForCausalLM",
-    Kind.MASKED: "AutoModelForMaskedLM",
-    Kind.SEQ2SEQ: "AutoModelForSeq2SeqLM",
-    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
-    Kind.TOKENS: "AutoModelForTokenClassification",
-    Kind.SPANS: "AutoModelForQuestionAnswering",
-    Kind.EMBEDDING: "AutoModel",
-    Kind.VISION_TEXT: "AutoModelForImageTextToText",
-    Kind.IMAGES: "AutoModelForImageClassification",
-    Kind.AUDIO: "AutoModelForAudioClassification",
-    Kind.SPEECH: "AutoModelForSpeechSeq2Seq",
-    Kind.CTC: "AutoModelForCTC",
-}
-
-_TASKS = {
-    "CAUSAL_LM": Kind.CAUSAL,
-    "SEQ_2_SEQ_LM": Kind.SEQ2SEQ,
-    "SEQ_CLS": Kind.CLASSIFIER,
-    "TOKEN_CLS": Kind.TOKENS,
-    "QUESTION_ANS": Kind.SPANS,
-    "FEATURE_EXTRACTION": Kind.EMBEDDING,
-}
-
-_LABELLED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.IMAGES, Kind.AUDIO)
-
-_HEADS = ("score", "classifier", "classifier.out_proj", "qa_outputs", "logits_proj")
-"""Final layers whose number of rows is the number of labels, over transformers' architectures."""
 
 
 @dataclass(frozen=True)
@@ -130,66 +86,6 @@ def base_folder(repository: Repository, weights: Layout) -> Path:
     wanted = set(weights.files) | ({weights.index} if weights.index else set())
     wanted |= {path for path in repository.files if not path.endswith(heavy) and not path.startswith(".")}
     return repository.folder(sorted(wanted))
-
-
-def kind_of(sources: Resolved) -> Kind:
-    """What the adapted model answers with, from the adapter's task type, else from the base's architecture."""
-    task = sources.adapter.config.get("task_type")
-    architecture = _architecture(sources.base.config)
-    perceiving = _perceiving(sources, architecture)
-    if perceiving is not None:
-        return perceiving
-    encoder_decoder = bool(sources.base.config.get("is_encoder_decoder"))
-    kind = _TASKS.get(task) if isinstance(task, str) else None
-    if (
-        kind in (None, Kind.CAUSAL)
-        and architecture.endswith("ForConditionalGeneration")
-        and not encoder_decoder
-    ):
-        return Kind.VISION_TEXT
-    if kind is not None:
-        return kind
-    for suffix, found in (
-        ("ForCausalLM", Kind.CAUSAL),
-        ("LMHeadModel", Kind.CAUSAL),
-        ("ForMaskedLM", Kind.MASKED),
-        ("ForSequenceClassification", Kind.CLASSIFIER),
-        ("ForTokenClassification", Kind.TOKENS),
-        ("ForQuestionAnswering", Kind.SPANS),
-        ("ForConditionalGeneration", Kind.SEQ2SEQ),
-    ):
-        if architecture.endswith(suffix):
-            return found
-    return Kind.EMBEDDING
-
-
-def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
-    """The kind of a model that sees or hears, by transformers' own lists; None for others.
-
-    PEFT has no task types for these: their adapters name none, or one of a text model.
-    """
-    from transformers.models.auto import modeling_auto as auto
-
-    model_type = sources.base.config.get("model_type")
-    head_saved = bool(set(_HEADS) & set(sources.adapter.config.get("modules_to_save") or ()))
-    for kind, listed in (
-        (Kind.IMAGES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
-        (Kind.SPEECH, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
-        (Kind.CTC, auto.MODEL_FOR_CTC_MAPPING_NAMES),
-        (Kind.AUDIO, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
-    ):
-        names = listed.get(model_type, ())
-        if architecture in ((names,) if isinstance(names, str) else names):
-            return kind
-        # a bare backbone, and an adapter that carries the head: an image or audio classifier was trained on it
-        if names and kind in (Kind.IMAGES, Kind.AUDIO) and head_saved and architecture.endswith("Model"):
-            return kind
-    return None
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures")
-    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
 
 
 def stored_dtype(held: Checkpoint) -> torch.dtype:
@@ -290,7 +186,7 @@ def _first(entry: Any) -> str:
 def labels_of(adapters: tuple[AdapterFile, ...]) -> int | None:
     """The number of labels of a head that the adapters carry; None when they carry none."""
     for file in adapters:
-        for head in _HEADS:
+        for head in HEADS:
             for key in (f"{PREFIX}{head}.weight", f"{PREFIX}{head}.modules_to_save.weight"):
                 tensor = file.tensors.get(key)
                 if tensor is not None and tensor.ndim == 2:
@@ -307,7 +203,7 @@ def load_base(
     trust_remote_code: bool,
 ) -> Loaded:
     """The base with its head and vocabulary sized as the adapters need them."""
-    labels = labels_of(adapters) if kind in _LABELLED else None
+    labels = labels_of(adapters) if kind in LABELLED else None
     changes = {"num_labels": labels} if labels is not None else None
     base = load_model(folder, kind, dtype=dtype, trust_remote_code=trust_remote_code, config_changes=changes)
     _fit_vocabulary(base.model, adapters)

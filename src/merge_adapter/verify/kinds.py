@@ -1,0 +1,116 @@
+"""What a model answers with: from the adapter's task type, the base's architecture and transformers' own lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from merge_adapter.types import Resolved
+
+
+class Kind(StrEnum):
+    """What a model answers with, and so how two of them are compared."""
+
+    CAUSAL = "causal-lm"
+    MASKED = "masked-lm"
+    SEQ2SEQ = "seq2seq-lm"
+    CLASSIFIER = "classifier"
+    TOKENS = "token-classifier"
+    SPANS = "question-answering"
+    EMBEDDING = "embedding"
+    VISION_TEXT = "image-text-to-text"
+    IMAGES = "image-classifier"
+    AUDIO = "audio-classifier"
+    SPEECH = "speech-seq2seq"
+    CTC = "speech-ctc"
+
+
+AUTO_CLASS = {
+    Kind.CAUSAL: "AutoModelForCausalLM",
+    Kind.MASKED: "AutoModelForMaskedLM",
+    Kind.SEQ2SEQ: "AutoModelForSeq2SeqLM",
+    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
+    Kind.TOKENS: "AutoModelForTokenClassification",
+    Kind.SPANS: "AutoModelForQuestionAnswering",
+    Kind.EMBEDDING: "AutoModel",
+    Kind.VISION_TEXT: "AutoModelForImageTextToText",
+    Kind.IMAGES: "AutoModelForImageClassification",
+    Kind.AUDIO: "AutoModelForAudioClassification",
+    Kind.SPEECH: "AutoModelForSpeechSeq2Seq",
+    Kind.CTC: "AutoModelForCTC",
+}
+
+_TASKS = {
+    "CAUSAL_LM": Kind.CAUSAL,
+    "SEQ_2_SEQ_LM": Kind.SEQ2SEQ,
+    "SEQ_CLS": Kind.CLASSIFIER,
+    "TOKEN_CLS": Kind.TOKENS,
+    "QUESTION_ANS": Kind.SPANS,
+    "FEATURE_EXTRACTION": Kind.EMBEDDING,
+}
+
+LABELLED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.IMAGES, Kind.AUDIO)
+
+HEADS = ("score", "classifier", "classifier.out_proj", "qa_outputs", "logits_proj")
+"""Final layers whose number of rows is the number of labels, over transformers' architectures."""
+
+
+def kind_of(sources: Resolved) -> Kind:
+    """What the adapted model answers with, from the adapter's task type, else from the base's architecture."""
+    task = sources.adapter.config.get("task_type")
+    architecture = _architecture(sources.base.config)
+    perceiving = _perceiving(sources, architecture)
+    if perceiving is not None:
+        return perceiving
+    encoder_decoder = bool(sources.base.config.get("is_encoder_decoder"))
+    kind = _TASKS.get(task) if isinstance(task, str) else None
+    if (
+        kind in (None, Kind.CAUSAL)
+        and architecture.endswith("ForConditionalGeneration")
+        and not encoder_decoder
+    ):
+        return Kind.VISION_TEXT
+    if kind is not None:
+        return kind
+    for suffix, found in (
+        ("ForCausalLM", Kind.CAUSAL),
+        ("LMHeadModel", Kind.CAUSAL),
+        ("ForMaskedLM", Kind.MASKED),
+        ("ForSequenceClassification", Kind.CLASSIFIER),
+        ("ForTokenClassification", Kind.TOKENS),
+        ("ForQuestionAnswering", Kind.SPANS),
+        ("ForConditionalGeneration", Kind.SEQ2SEQ),
+    ):
+        if architecture.endswith(suffix):
+            return found
+    return Kind.EMBEDDING
+
+
+def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
+    """The kind of a model that sees or hears, by transformers' own lists; None for others.
+
+    PEFT has no task types for these: their adapters name none, or one of a text model.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = sources.base.config.get("model_type")
+    head_saved = bool(set(HEADS) & set(sources.adapter.config.get("modules_to_save") or ()))
+    for kind, listed in (
+        (Kind.IMAGES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        (Kind.SPEECH, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+        (Kind.CTC, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+        (Kind.AUDIO, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ):
+        names = listed.get(model_type, ())
+        if architecture in ((names,) if isinstance(names, str) else names):
+            return kind
+        # a bare backbone, and an adapter that carries the head: an image or audio classifier was trained on it
+        if names and kind in (Kind.IMAGES, Kind.AUDIO) and head_saved and architecture.endswith("Model"):
+            return kind
+    return None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
