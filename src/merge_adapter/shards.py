@@ -249,7 +249,9 @@ class Work:
         with scratch.working():
             with work.lock:
                 if work.run is None:
-                    work.run = RowRun(work.source, work.source_name, work.changes, work.adapters, self._device)
+                    work.run = RowRun(
+                        work.source, work.source_name, work.changes, work.adapters, self._device
+                    )
                     work.run.survey(scratch, self.stop.check)
                     scratch.settle()
             work.run.run(scratch, start=start, stop=stop, dtype=dtype, emit=emit, check=self.stop.check)
