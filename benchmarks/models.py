@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,7 @@ def _random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat
 
 def hash_of(name: str) -> int:
     """A seed that is the same in every process."""
-    return int.from_bytes(name.encode()[-7:], "big")
+    return zlib.crc32(name.encode())
 
 
 def make(row: str, folder: Path) -> None:

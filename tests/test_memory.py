@@ -7,13 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from merge_adapter.errors import MemoryShortError
+from merge_adapter.workspace import memory_errors
 
 WIDTH, TOKENS, RANK = 512, 1_000_000, 2
 LIMIT = 900_000_000
@@ -116,3 +120,21 @@ def test_a_tensor_larger_than_the_memory_is_merged(huge: tuple[Path, Path], tmp_
             rows = slice(start, start + 100)
             expected = factors["lora_embedding_A"][:, rows].T @ factors["lora_embedding_B"].T
             torch.testing.assert_close(merged[rows].float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60), lambda: numpy.empty(1 << 50)],
+    ids=["torch", "python", "numpy"],
+)
+def test_memory_that_runs_out_is_said_in_our_words(take: Callable[[], object]) -> None:
+    """Petabytes, which no machine has."""
+    with pytest.raises(MemoryShortError, match="too little memory") as raised, memory_errors():
+        take()
+    assert "merge-adapter plan" in raised.value.hint
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    """A RuntimeError that has nothing to do with memory."""
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors():
+        raise RuntimeError("shapes do not match")

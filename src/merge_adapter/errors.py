@@ -4,7 +4,8 @@
     ├── InputError                         exit 2   bad usage or bad input
     │   ├── NotFoundError                           no such folder, file, repository or revision
     │   ├── MalformedError                          a file that is not what its name says
-    │   └── StorageError                            the disk is full or not writable
+    │   ├── StorageError                            the disk is full or not writable
+    │   └── MemoryShortError                        the machine, or its GPU, has too little memory
     ├── UnmergeableError                   exit 3   this adapter or this base cannot be merged
     │   ├── MethodError                             the PEFT method, or this use of it, has no merge
     │   ├── AccountingError                         adapter tensors left over, used twice, or without a target
@@ -69,6 +70,10 @@ class StorageError(InputError):
     """The place to write to is full, read-only or already taken."""
 
 
+class MemoryShortError(InputError):
+    """The machine, or its GPU, has too little memory for what was asked."""
+
+
 class UnmergeableError(MergeAdapterError):
     """This adapter or this base cannot be merged; the message says why, the hint what to do instead."""
 
@@ -122,3 +127,16 @@ class PolicyError(MergeAdapterError):
     """Refused by policy: a licence, a gate, a private source, an untrusted code path."""
 
     exit_code = ExitCode.POLICY
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or torch says that memory could not be had. torch has no class for it on a CPU."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError)
+            and ("can't allocate memory" in words or "not enough memory" in words)
+        )
+    )

@@ -33,7 +33,14 @@ from merge_adapter.types import (
     Verification,
 )
 from merge_adapter.verify.settings import VerifySettings
-from merge_adapter.workspace import check_destination, check_space, deliver, partial_folder, storage_errors
+from merge_adapter.workspace import (
+    check_destination,
+    check_space,
+    deliver,
+    memory_errors,
+    partial_folder,
+    storage_errors,
+)
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -91,6 +98,7 @@ def plan_merge(request: MergeRequest, *, hub: Hub) -> tuple[Resolved, MergePlan]
     return sources, make_plan(sources, request.settings)
 
 
+@memory_errors()
 def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: Progress) -> Merged:
     """Merge into `output`, which appears only when it is whole; `output`.rejected when the gate says no.
 
@@ -101,6 +109,7 @@ def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: 
     return _build(sources, plan, _asking(request, sources, hub, progress), output, progress)
 
 
+@memory_errors()
 def verify_merged(
     merged: str,
     source: SourceRequest,
@@ -121,6 +130,7 @@ def verify_merged(
     return sources, verify(folder, sources, settings=gate, progress=progress)
 
 
+@memory_errors()
 def run(
     request: MergeRequest,
     publishing: PublishSettings,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from merge_adapter.errors import StorageError
+from merge_adapter.errors import MemoryShortError, StorageError, ran_out_of_memory
 
 _WORK_FOLDERS = 64
 """Runs of one job at a time on one machine, beyond which something is wrong."""
@@ -43,6 +43,21 @@ def storage_errors(place: Path) -> Iterator[None]:
         if error.errno in _UNWRITABLE:
             raise StorageError(f"{place} cannot be written: {error.strerror}") from error
         raise
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn the ways in which memory runs out into MemoryShortError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise MemoryShortError(
+            "this machine, or its GPU, has too little memory" + (f": {words}" if words else ""),
+            hint="merge-adapter plan tells how much a merge needs; fewer --probe-tokens make the gate need less.",
+        ) from error
 
 
 def check_destination(destination: Path) -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from merge_adapter.verify.process import OwnProcess
+from merge_adapter.errors import StorageError
+from merge_adapter.types import Verdict
+from merge_adapter.verify.arm import failure
+from merge_adapter.verify.findings import verdict as judged
+from merge_adapter.verify.process import Died, OwnProcess, Stopped
+from merge_adapter.verify.separate import Merged
 
 
 def job(own: OwnProcess, **fields: object) -> None:
@@ -46,17 +51,54 @@ def test_one_that_cannot_do_its_job_says_why() -> None:
     """Inputs are missing: the answer is an error, not a crash."""
     with OwnProcess() as own:
         job(own)
-        assert own.ask(300) == ""
+        own.ask(300)
         result = json.loads((own.folder / "result.json").read_text())
     assert "inputs.safetensors" in result["error"]
 
 
 def test_one_that_dies_is_reported_with_its_last_word() -> None:
     """No job is there to be read."""
+    with OwnProcess() as own, pytest.raises(Died, match=r"ended with status 1: .*job\.json"):
+        own.ask(300)
+
+
+def test_one_that_is_killed_says_nothing_of_the_model() -> None:
+    """As a system does that runs out of memory: the verdict stays open."""
     with OwnProcess() as own:
-        said = own.ask(300)
-    assert "ended with status 1" in said
-    assert "job.json" in said
+        own._process.kill()
+        with pytest.raises(Stopped, match="signal 9"):
+            own.ask(300)
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (ValueError("no such layer"), "error"),
+        (MemoryError(), "stopped"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+            "stopped",
+        ),
+        (StorageError("the disk is full"), "stopped"),
+    ],
+)
+def test_a_machine_too_small_is_no_fault_of_the_model(error: Exception, where: str) -> None:
+    """What ends the merged model's own process is told apart."""
+    assert list(failure(error)) == [where]
+
+
+@pytest.mark.parametrize(
+    ("merged", "verdict"),
+    [
+        (Merged(error="KeyError: no such layer"), Verdict.FAIL),
+        (Merged(stopped="no answer within 1 s"), Verdict.INCONCLUSIVE),
+    ],
+)
+def test_what_was_not_heard_is_judged_by_why(merged: Merged, verdict: Verdict) -> None:
+    """A broken model fails; one that was stopped is undecided."""
+    finding = merged.unheard()
+    assert finding is not None
+    assert judged([finding]) is verdict
 
 
 def test_one_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
@@ -66,7 +108,8 @@ def test_one_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
         job(own)
         (own.folder / "inputs.safetensors").symlink_to(tmp_path / "inputs.safetensors")
         number = own._process.pid
-        assert "no answer within" in own.ask(0.1)
+        with pytest.raises(Stopped, match="no answer within"):
+            own.ask(0.1)
     assert not alive(number)
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.errors import StorageError, ran_out_of_memory
 from merge_adapter.verify.kept import check_room
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ PROMPTED = "prompted."
 
 
 def main(folder: Path) -> None:
-    """Run one job. Any failure ends up in result.json under `error`, and in the exit status."""
+    """Run one job. Any failure ends up in result.json."""
     # None makes every `import peft` fail, and transformers then believes it is not installed
     sys.modules["peft"] = None  # type: ignore[assignment]
     _prepare()
@@ -55,8 +56,14 @@ def main(folder: Path) -> None:
         else:
             work(folder, job, result)
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
-        result["error"] = f"{type(error).__name__}: {error}"
+        result |= failure(error)
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What an error says: of the model, under `error`, or of a machine with too little room for it, under `stopped`."""
+    of_the_machine = isinstance(error, StorageError) or ran_out_of_memory(error)
+    return {"stopped" if of_the_machine else "error": f"{type(error).__name__}: {error}"}
 
 
 def _prepare() -> None:

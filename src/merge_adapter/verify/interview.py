@@ -21,7 +21,7 @@ from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
 from merge_adapter.verify.beginnings import Beginnings, beginnings, spoken
 from merge_adapter.verify.expectations import Expectations
-from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
+from merge_adapter.verify.findings import Finding, note, undecided, verdict, warning
 from merge_adapter.verify.greedy import judge_written
 from merge_adapter.verify.loading import AdapterFile, Kind, inner, load_base, stack_layers
 from merge_adapter.verify.mutants import Outcome
@@ -341,10 +341,9 @@ class Interview:
         self.findings += judge_likelihood(adapted, base, reading.reference.shape[-1])
 
     def _outputs(self, probes: Probes | None, heard: Heard | None, merged: Merged) -> None:
-        if merged.error:
-            text = f"the merged model could not be run on its own: {merged.error}"
-            self.findings.append(fault("outputs", "", text))
-            self.evidence["outputs"] = {"verdict": "fail"}
+        if (unheard := merged.unheard()) is not None:
+            self.findings.append(unheard)
+            self.evidence["outputs"] = {"verdict": str(verdict([unheard]))}
         elif not self.settings.outputs:
             self.findings.append(undecided("outputs", "", "the outputs were not compared, as asked"))
         elif heard is not None and probes is not None and merged.answers is not None:

@@ -7,6 +7,7 @@ time of the cores that would idle.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,14 @@ _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DE
 
 _LEAVING = 10.0
 """Seconds that a process gets to end once it is not needed."""
+
+
+class Stopped(Exception):
+    """The machine, or a limit, ended the process: that says nothing of the model."""
+
+
+class Died(Exception):
+    """The process ended by itself and left no result."""
 
 
 class OwnProcess:
@@ -55,17 +64,24 @@ class OwnProcess:
             self._room.cleanup()
             raise
 
-    def ask(self, timeout: float) -> str:
-        """Let it do the job in its folder, `timeout` seconds at most; says why when it left no result."""
+    def ask(self, timeout: float) -> None:
+        """Let it do the job in its folder, `timeout` seconds at most.
+
+        Raises Stopped when it was killed or took too long, Died when it ended by itself without a result.
+        """
         try:
             self._process.communicate(b"go\n", timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return f"the merged model gave no answer within {timeout:.0f} s"
+        except subprocess.TimeoutExpired as error:
+            raise Stopped(f"no answer within {timeout:.0f} s") from error
         if (self.folder / "result.json").exists():
-            return ""
+            return
+        status = self._process.returncode
+        if status < 0:
+            why = " (as a system does that runs out of memory)" if -status == signal.SIGKILL else ""
+            raise Stopped(f"its process was stopped by signal {-status}{why}")
         said = (self.folder / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         tail = said[-1] if said else "no message"
-        return f"the process that runs the merged model ended with status {self._process.returncode}: {tail[:300]}"
+        raise Died(f"its process ended with status {status}: {tail[:300]}")
 
     def __enter__(self) -> Self:
         return self

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
 from merge_adapter.verify.arm import ANSWERS, MEDIA, PAGER, PROMPTED
+from merge_adapter.verify.findings import Finding, fault, undecided
 from merge_adapter.verify.kept import Answers
 from merge_adapter.verify.mapped import served
-from merge_adapter.verify.process import OwnProcess
+from merge_adapter.verify.process import Died, OwnProcess, Stopped
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Merged:
 
     error: str = ""
     """Why it could not be loaded or run; "" when it could."""
+    stopped: str = ""
+    """Why it was not heard to the end, when that lies with the machine and not with the model."""
     answers: Answers | None = None
     choices: Tensor | None = None
     """Its own next token at each place of the reference's greedy text."""
@@ -35,6 +38,15 @@ class Merged:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     front: Mapping[str, Any] = field(default_factory=dict)
     """What the tokens of a soft prompt took: `mass`, the largest probability; `chosen`, how often they were first."""
+
+    def unheard(self) -> Finding | None:
+        """What follows when it gave no answers: a fault of the model, or nothing at all about it."""
+        if self.stopped:
+            text = f"the merged model was not heard: {self.stopped}"
+            return undecided("outputs", "", f"{text}; run it again with more memory, disk or time")
+        if self.error:
+            return fault("outputs", "", f"the merged model could not be run on its own: {self.error}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -76,10 +88,15 @@ def ask_merged(questions: Questions, own: OwnProcess | None = None) -> Merged:
         save_file(_inputs(questions), work / "inputs.safetensors")
         (work / "job.json").write_text(json.dumps(_job(questions)), encoding="utf-8")
         with served(questions.folder, work / PAGER):
-            isolated = own is not None and questions.isolated
-            failed = own.ask(questions.timeout) if own is not None and isolated else _run_here(work)
-        if failed:
-            return Merged(error=failed)
+            try:
+                if own is not None and questions.isolated:
+                    own.ask(questions.timeout)
+                else:
+                    _run_here(work)
+            except Stopped as stopped:
+                return Merged(stopped=str(stopped))
+            except Died as died:
+                return Merged(error=str(died))
         result = json.loads((work / "result.json").read_text(encoding="utf-8"))
         # mapped: files whose folder goes away are there for as long as they are
         pieces = tuple(load_file(path)["answers"] for path in sorted(work.glob(f"{ANSWERS}*")))
@@ -88,6 +105,7 @@ def ask_merged(questions: Questions, own: OwnProcess | None = None) -> Merged:
             text = {key: value.clone() for key, value in load_file(work / "text.safetensors").items()}
     return Merged(
         error=result.get("error", ""),
+        stopped=result.get("stopped", ""),
         answers=Answers(pieces) if pieces else None,
         choices=text.get("choices"),
         written=text.get("written"),
@@ -131,7 +149,7 @@ def _job(questions: Questions) -> dict[str, Any]:
     }
 
 
-def _run_here(work: Path) -> str:
+def _run_here(work: Path) -> None:
     """The same job in this process."""
     from merge_adapter.verify import arm
 
@@ -140,6 +158,5 @@ def _run_here(work: Path) -> str:
     try:
         arm.work(work, job, result)
     except Exception as error:  # noqa: BLE001 - whatever the foreign model does is the answer
-        result["error"] = f"{type(error).__name__}: {error}"
+        result |= arm.failure(error)
     (work / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return ""

@@ -216,11 +216,11 @@ class SoftPromptGate:
         arms = self._arms(base, prompt, front, storage, probes, begun)
         with self.progress.task("Running the merged model on its own", None):
             merged = ask_merged(self._questions(probes, arms, front, storage))
-        if merged.error or merged.answers is None:
-            text = f"the merged model could not be run on its own: {merged.error}"
-            self.findings.append(fault("outputs", "", text))
-            self.evidence["outputs"] = {"verdict": "fail"}
+        if (unheard := merged.unheard()) is not None:
+            self.findings.append(unheard)
+            self.evidence["outputs"] = {"verdict": str(verdict([unheard]))}
             return
+        assert merged.answers is not None
         part = judge_outputs(
             arms,
             merged.answers,
