@@ -60,6 +60,7 @@ def test_every_input_is_understood() -> None:
             trust_remote_code="true",
             probe_tokens="64",
             probes="probes.txt",
+            dataset_probes="false",
             disk_budget="12GB",
             output="merged",
         )
@@ -84,6 +85,7 @@ def test_every_input_is_understood() -> None:
         trust_remote_code=True,
         probe_tokens=64,
         probes=Path("probes.txt"),
+        dataset_probes=False,
         disk_budget=12_000_000_000,
         output=Path("merged"),
     )

@@ -62,6 +62,7 @@ NAMES = (
     "verify",
     "probe-tokens",
     "probes",
+    "dataset-probes",
     "disk-budget",
     "output",
     "hf-token",
@@ -105,6 +106,7 @@ class Inputs:
     verify: bool = True
     probe_tokens: int | None = None
     probes: Path | None = None
+    dataset_probes: bool = True
     disk_budget: int | None = None
     """Bytes."""
     output: Path | None = None
@@ -156,6 +158,7 @@ def read_inputs(
         verify=bool(_switch(given, "verify", default=True)),
         probe_tokens=_probe_tokens(given),
         probes=Path(given["probes"]) if "probes" in given else None,
+        dataset_probes=bool(_switch(given, "dataset-probes", default=True)),
         disk_budget=_disk_budget(given),
         output=Path(given["output"]) if "output" in given else None,
     )

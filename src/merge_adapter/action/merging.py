@@ -140,6 +140,7 @@ def _request(inputs: Inputs, candidate: Candidate) -> MergeRequest:
         device=inputs.device,
         probe_tokens=inputs.probe_tokens,
         probes=inputs.probes,
+        dataset_probes=inputs.dataset_probes,
         trust_remote_code=inputs.trust_remote_code,
     )
     return MergeRequest(source, settings, gate if inputs.verify else None, inputs.device)

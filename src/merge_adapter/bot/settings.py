@@ -67,7 +67,9 @@ class BotSettings:
         ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1."
     )
     probe_tokens: int = _knob(
-        0, "local, hf-jobs: tokens for the output test; 0: 512 on a CPU, 2048 on a GPU."
+        0,
+        "local, hf-jobs: tokens for the output test; 0: as many as the verdict needs, at most 512 on a CPU and 2048 on "
+        "a GPU.",
     )
     disk_budget: str = _knob(
         "",
