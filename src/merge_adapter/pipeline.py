@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.domain import with_domain
 from merge_adapter.errors import InputError, StorageError
+from merge_adapter.paperwork import Work, write_reports
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
-from merge_adapter.reports import Work, write_reports
 from merge_adapter.resolve import SourceRequest, open_reference, resolve
 from merge_adapter.staging.ahead import fetched_ahead
 from merge_adapter.staging.needs import exceeds

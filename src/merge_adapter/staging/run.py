@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merge_adapter.checkpoint.layout import Layout
 from merge_adapter.errors import StorageError
 from merge_adapter.merge import merge, write_index
+from merge_adapter.paperwork import Work, write_reports
 from merge_adapter.pipeline import MergeRequest, RunOutcome
 from merge_adapter.plan import MergePlan
 from merge_adapter.publish import Outbox, PublishSettings, discard, publish
@@ -23,7 +24,6 @@ from merge_adapter.publish.contents import Gone
 from merge_adapter.report import document
 from merge_adapter.report.evidence import verdict_markdown
 from merge_adapter.report.progress import human_bytes
-from merge_adapter.reports import Work, write_reports
 from merge_adapter.staging.ledger import Ledger
 from merge_adapter.staging.needs import (
     Needs,
