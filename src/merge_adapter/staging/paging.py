@@ -22,6 +22,7 @@ from torch import Tensor, UntypedStorage
 
 from merge_adapter.errors import MergeAdapterError, StorageError
 from merge_adapter.staging.window import Window
+from merge_adapter.verify.asking import socket_address
 from merge_adapter.verify.places import Place, Places, span
 
 BLOCK = 64 << 10
@@ -117,7 +118,8 @@ class HerePager:
             yield
             return
         with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(str(address))
+            with socket_address(address) as short:
+                listening.bind(short)
             listening.listen(1)
             thread = Thread(
                 target=_serve, args=(listening, self._resident, folder.resolve()), name="pager", daemon=True

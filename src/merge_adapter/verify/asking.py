@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +17,17 @@ from merge_adapter.errors import StorageError
 from merge_adapter.verify.places import Place, Places, span
 
 
+@contextmanager
+def socket_address(address: Path) -> Iterator[str]:
+    """A short name for a Unix socket: the system takes about a hundred bytes, and folders for temporary files may be
+    deeper than that."""
+    folder = os.open(address.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{address.name}"
+    finally:
+        os.close(folder)
+
+
 class AskingPager:
     """Asks at a Unix socket for the weights of `folder`, a tensor at a time."""
 
@@ -23,7 +36,8 @@ class AskingPager:
         self._known: dict[tuple[int, int], tuple[Place, UntypedStorage]] = {}
         """By address and length; the storage is held, so that no other file is ever mapped at that address."""
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(address))
+        with socket_address(address) as short:
+            self._socket.connect(short)
         self._lines = self._socket.makefile("rwb")
 
     def need(self, tensor: Tensor) -> None:
