@@ -12,8 +12,9 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -303,10 +304,21 @@ def _show_outcome(outcome: RunOutcome, show: OutputOptions) -> None:
         raise _not_equivalent(outcome.verdict, "nothing was offered as ready")
 
 
-def _hub() -> Hub:
-    from merge_adapter.hub import Hub
+class _HubWhenAsked:
+    """A Hub that is made when it is first asked for something: a merge of local folders never loads the client."""
 
-    return Hub()
+    @cached_property
+    def _hub(self) -> Hub:
+        from merge_adapter.hub import Hub
+
+        return Hub()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hub, name)
+
+
+def _hub() -> Hub:
+    return cast("Hub", _HubWhenAsked())
 
 
 def _progress(show: OutputOptions) -> Progress:

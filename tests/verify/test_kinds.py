@@ -433,7 +433,6 @@ def test_a_speech_model_writes_down_what_the_reference_hears(
         "greedy"
     ]
     assert wrong["equal"] < 3
-    assert all(row["merged"] == row["base"] for row in wrong["texts"])
 
 
 def test_sounds_go_through_the_repository_s_feature_extractor(

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from merge_adapter.errors import PolicyError
+from merge_adapter.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.packaging.sentence import is_sentence_transformer
-from merge_adapter.publish.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.types import Repository, Resolved
 
 README = "README.md"

@@ -3,7 +3,6 @@
 settings.py     what a user chooses, and what `prepare` decides
 target.py       where it goes: prepare, prepare_folder
 policy.py       who may see it
-licences.py     which licence it carries
 contents.py     the folder against its report
 identity.py     how the same publication is recognised
 flow.py         publish, find_published
@@ -13,25 +12,20 @@ description.py  the words
 """
 
 from merge_adapter.publish.flow import Published, find_published, publish
-from merge_adapter.publish.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.publish.outbox import Outbox, discard
 from merge_adapter.publish.settings import Openness, PublishSettings, Source, Target
 from merge_adapter.publish.target import prepare, prepare_folder
 
 __all__ = [
-    "Licence",
-    "LicenceDecision",
     "Openness",
     "Outbox",
     "PublishSettings",
     "Published",
     "Source",
     "Target",
-    "decide_licence",
     "discard",
     "find_published",
     "prepare",
     "prepare_folder",
     "publish",
-    "read_licence",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError
-from merge_adapter.publish.licences import read_licence
+from merge_adapter.licences import read_licence
 from merge_adapter.publish.settings import PublishSettings
 from merge_adapter.report.document import REPORT_FILE, dump
 from merge_adapter.types import Progress

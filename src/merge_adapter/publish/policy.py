@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, PolicyError
+from merge_adapter.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.publish.contents import read_card
-from merge_adapter.publish.licences import Licence, LicenceDecision, decide_licence, read_licence
 from merge_adapter.publish.settings import Openness, PublishSettings, Source
 from merge_adapter.types import Repository
 

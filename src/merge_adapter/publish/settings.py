@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from merge_adapter.publish.licences import LicenceDecision
+from merge_adapter.licences import LicenceDecision
 from merge_adapter.types import OnFail, PublishTo
 
 

@@ -12,8 +12,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, NotFoundError
+from merge_adapter.licences import Licence
 from merge_adapter.publish import policy
-from merge_adapter.publish.licences import Licence
 from merge_adapter.publish.settings import Openness, PublishSettings, Source, Target
 from merge_adapter.resolve import ADAPTER_CONFIG
 from merge_adapter.types import MergeSettings, Resolved

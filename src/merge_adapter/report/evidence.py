@@ -7,7 +7,7 @@ came from an adapter (names, texts) is escaped where it is shown.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,12 @@ def _tokenizer(section: Mapping[str, Any]) -> Row:
     return Row("tokenizer", _result(section), f"{text}; {findings[0]}" if findings else text)
 
 
+def text_columns(texts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of a table of greedy text: key in a row of the report -> heading."""
+    base = {"base": "base"} if any("base" in row for row in texts) else {}
+    return {"prompt": "prompt", **base, "reference": "base + adapter", "merged": "merged"}
+
+
 def _greedy_markdown(section: Mapping[str, Any]) -> Iterator[str]:
     """Two continuations, folded away."""
     texts = list(section.get("texts", ()))[:2]
@@ -165,10 +171,11 @@ def _greedy_markdown(section: Mapping[str, Any]) -> Iterator[str]:
         return
     yield "<details><summary>Greedy text side by side</summary>"
     yield ""
-    yield "| prompt | base | base + adapter | merged |"
-    yield "|---|---|---|---|"
+    columns = text_columns(texts)
+    yield f"| {' | '.join(columns.values())} |"
+    yield "|---" * len(columns) + "|"
     for row in texts:
-        cells = (row["prompt"], row.get("base") or "", row["reference"], row["merged"])
+        cells = [row.get(name, "") for name in columns]
         yield "| " + " | ".join(escape(str(cell))[:400] for cell in cells) + " |"
     yield ""
     yield "</details>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_adapter.report.charts import STYLE, histogram_svg, tensors_svg
-from merge_adapter.report.evidence import verdict_rows
+from merge_adapter.report.evidence import text_columns, verdict_rows
 from merge_adapter.types import FileOrigin, OutputFile
 
 TENSOR_ROWS = 300
@@ -114,14 +114,15 @@ def _texts(greedy: Mapping[str, Any]) -> Iterator[str]:
     if not texts:
         return
     yield "<h2>Greedy text side by side</h2><div class='scroll'><table class='texts'>"
-    yield "<tr><th>prompt</th><th>base</th><th>base + adapter</th><th>merged</th></tr>"
+    columns = text_columns(texts)
+    yield "<tr>" + "".join(f"<th>{heading}</th>" for heading in columns.values()) + "</tr>"
     for row in texts:
-        cells = (row["prompt"], row.get("base") or "", row["reference"], row["merged"])
+        cells = [row.get(name, "") for name in columns]
         yield "<tr>" + "".join(f"<td><pre>{escape(str(cell)[:1000])}</pre></td>" for cell in cells) + "</tr>"
         if "gap" in row:
             why = "within the rounding noise" if row["explained"] else "more than the rounding noise"
             text = f"differs after {row['equal_tokens']} tokens; the choice there hung on {row['gap']} logits, {why}"
-            yield f"<tr><td colspan='4' class='dim'>{escape(text)} ({row['noise']})</td></tr>"
+            yield f"<tr><td colspan='{len(columns)}' class='dim'>{escape(text)} ({row['noise']})</td></tr>"
     yield "</table></div>"
 
 

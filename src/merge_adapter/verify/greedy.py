@@ -17,8 +17,7 @@ def judge_greedy(
     """`judge_written` of arms whose answers are in memory."""
     assert arms.greedy is not None
     prompts, text, gaps = arms.greedy
-    base = arms.base_written if arms.base_written is not None else text
-    written = Written(prompts, text, gaps, base)
+    written = Written(prompts, text, gaps, arms.base_written)
     return judge_written(written, arms.largest_change, merged, tokenizer, shown=shown)
 
 
@@ -44,9 +43,10 @@ def judge_written(
             "prompt": shown[at] if shown else _text(tokenizer, reference.prompts.ids[at]),
             "reference": _text(tokenizer, continuation[at]),
             "merged": _text(tokenizer, written[at]),
-            "base": _text(tokenizer, reference.base[at]),
             "equal_tokens": differs[0] if differs else int(continuation.shape[1]),
         }
+        if reference.base is not None:
+            row["base"] = _text(tokenizer, reference.base[at])
         if differs:
             gap = float(reference.gaps[at, differs[0]])
             row |= {"gap": float(f"{gap:.4g}"), "noise": float(f"{noise:.4g}"), "explained": gap <= noise}

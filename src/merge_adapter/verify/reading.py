@@ -28,8 +28,8 @@ class Written:
     """R's continuations, (prompts, length) token ids."""
     gaps: Tensor
     """The difference of R's first and second logit at each place."""
-    base: Tensor
-    """The base's own continuations, to show what the adapter changes."""
+    base: Tensor | None = None
+    """The base's own continuations, where they are asked for: each token costs as much as one of R's."""
 
 
 @dataclass(frozen=True)

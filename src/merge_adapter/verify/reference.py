@@ -131,13 +131,11 @@ class ReferenceArms:
         return self._ask(self._plain, piece)
 
     def write(self, prompts: Batch, length: int, progress: Progress) -> Written:
-        """Greedy text of R, and of B beside it."""
+        """Greedy text of R."""
         setting = self._setting
         with fast_products(setting.device), progress.task("Writing text", None):
             text, gaps = greedy(self._adapted, prompts, length, setting.device, setting.kind)
-            with self._adapted.disable_adapter():
-                base, _ = greedy(self._adapted, prompts, length, setting.device, setting.kind)
-        return Written(prompts, text, gaps, base)
+        return Written(prompts, text, gaps)
 
     def inject(self, reading: Reading, outcomes: list[Outcome], progress: Progress) -> list[Outcome]:
         """Make each fault in the whole model and ask whether the outputs part's rule would fail it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge_adapter.errors import ExitCode, PolicyError
-from merge_adapter.publish.licences import Licence, decide_licence, read_licence
+from merge_adapter.licences import Licence, decide_licence, read_licence
 
 
 @pytest.mark.parametrize(
