@@ -159,7 +159,7 @@ def loha(size: Size, base: Path, folder: Path, *, rank: int) -> Path:
             )
         ):
             tensors[f"base_model.model.{module}.hada_{part}"] = (
-                _random(shape, hash_of(module) + index, torch.float32) * 2
+                _random(shape, hash_of(module) + index, torch.float32) * 3.5
             )
     config = {"peft_type": "LOHA", "r": rank, "alpha": rank, "rank_dropout": 0.0, "module_dropout": 0.0}
     return _adapter(folder, base, tensors, config)

@@ -38,7 +38,7 @@ def files(row: str, work: Path) -> tuple[Path, Path]:
 def ways(row: str, base: Path, adapter: Path, chosen: list[str]) -> list[Command]:
     """The commands that do the same job on the same files; under the limit of memory those that can."""
     if row == LIMITED:
-        chosen = [way for way in chosen if way in (COPY, MERGE, WEIGHED)]
+        chosen = [way for way in chosen if way in (MERGE, WEIGHED)]
     tool = (sys.executable, "-m", "merge_adapter", "merge", str(adapter), "--output", "{out}", "--quiet")
     every = [
         Command(COPY, ("cp", "-r", str(base), "{out}")),
