@@ -33,9 +33,6 @@ class Samples:
     peak: list[int] = field(default_factory=list)
     """Bytes resident at most, of the largest process."""
 
-    def as_json(self) -> dict[str, list[float] | list[int]]:
-        return {"wall": self.wall, "cpu": self.cpu, "peak": self.peak}
-
     @property
     def seconds(self) -> float:
         return median(self.wall)

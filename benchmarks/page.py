@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 
 from benchmarks.measure import Samples
 from benchmarks.results import Results, Row
-from benchmarks.rows import COPY, GATED, MERGE, PEFT, WEIGHED
+from benchmarks.rows import AIMED, COPY, GATED, MERGE, PEFT, TORCH, WEIGHED
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 STARTUP = "start-up"
 """The row of imports."""
-AIMED_ROW = "1.1B"
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -28,7 +26,9 @@ def table(rows: dict[str, Row]) -> str:
                 _ratio(one.bytes, ways, PEFT, "bytes"),
                 _ratio(one.seconds, ways, COPY, "seconds"),
             ]
-            spread = f"{one.seconds:.1f} ({min(one.wall):.1f} to {max(one.wall):.1f})"
+            spread = f"{one.seconds:.1f}"
+            if len(one.wall) > 1:
+                spread += f" ({min(one.wall):.1f} to {max(one.wall):.1f})"
             lines.append(
                 f"| {row} | {name} | {spread} | {one.cpu_seconds:.1f} | {one.bytes / 1e6:.0f} MB "
                 f"| {' | '.join(ratios)} |"
@@ -38,7 +38,7 @@ def table(rows: dict[str, Row]) -> str:
 
 def aims(results: Results) -> str:
     """Each aim beside what was measured, met or not; "" where the rows are missing."""
-    ways = results.rows.get(AIMED_ROW, {})
+    ways = results.rows.get(AIMED, {})
     lines = ["| aim, LoRA at 1.1B | at most | measured | |", "|---|---|---|---|"]
 
     def add(what: str, most: float, value: float | None) -> None:
@@ -60,10 +60,9 @@ def page(results: Results) -> str:
     """The text between the markers."""
     rows = results.models()
     dates = sorted({results.measured[name] for name in rows})
-    rounds = sorted({len(samples.wall) for row in rows.values() for samples in row.values()})
     lines = [
-        f"Measured on {', '.join(dates)} with {results.machine}. Whole processes, imports included, medians of "
-        f"{' or '.join(map(str, rounds))} rounds run in turn; peak memory is that of the largest process.",
+        f"Measured on {', '.join(dates)} with {results.machine}. Whole processes, imports included; medians of several "
+        "rounds run in turn with their range, or one round where none is given; peak memory is that of the largest process.",
         "",
         aims(results),
         "",
@@ -99,10 +98,10 @@ def replace_measured(document: Path, text: str) -> None:
 
 def _net(results: Results) -> float | None:
     """Time of the merge less that of importing torch, over `cp`."""
-    ways, startup = results.rows.get(AIMED_ROW, {}), results.rows.get(STARTUP, {})
-    if not {MERGE, COPY} <= ways.keys() or "import torch" not in startup:
+    ways, startup = results.rows.get(AIMED, {}), results.rows.get(STARTUP, {})
+    if not {MERGE, COPY} <= ways.keys() or TORCH not in startup:
         return None
-    return (ways[MERGE].seconds - median(startup["import torch"].wall)) / ways[COPY].seconds
+    return (ways[MERGE].seconds - startup[TORCH].seconds) / ways[COPY].seconds
 
 
 def _of(ways: dict[str, Samples], way: str, to: str, figure: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,7 @@ class Results:
         rows = {
             name: {
                 "measured": self.measured[name],
-                "ways": {way: samples.as_json() for way, samples in row.items()},
+                "ways": {way: asdict(samples) for way, samples in row.items()},
             }
             for name, row in self.rows.items()
         }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from benchmarks.measure import Command
 
+AIMED = "1.1B"
+"""The row whose ratios the aims are about; start-up is measured in its run."""
 LIMITED = "8B in 4 GB"
 """A checkpoint of 16 GB, a sparse file, merged by processes that may hold 4 GB, page cache included."""
 ROWS = ("0.1B", "1.1B", "3B", "1.1B r=256", "1.1B DoRA", "0.1B LoHa", "0.2B MoE", LIMITED)
@@ -17,6 +19,7 @@ MERGE = "merge --no-verify"
 WEIGHED = "merge, gate without outputs"
 GATED = "merge"
 PEFT = "PEFT"
+TORCH = "import torch"
 WAYS = (COPY, MERGE, WEIGHED, GATED, PEFT)
 
 
@@ -54,7 +57,7 @@ def imports() -> list[Command]:
     """Start-up alone, which every way pays."""
     return [
         Command("python", (sys.executable, "-c", "pass")),
-        Command("import torch", (sys.executable, "-c", "import torch")),
+        Command(TORCH, (sys.executable, "-c", "import torch")),
         Command(
             "import peft, transformers", (sys.executable, "-c", "import peft, transformers.modeling_utils")
         ),
