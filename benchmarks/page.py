@@ -62,7 +62,8 @@ def page(results: Results) -> str:
     dates = sorted({results.measured[name] for name in rows})
     lines = [
         f"Measured on {', '.join(dates)} with {results.machine}. Whole processes, imports included; medians of several "
-        "rounds run in turn with their range, or one round where none is given; peak memory is that of the largest process.",
+        "rounds run in turn with their range, or one round where none is given; peak memory is that of the largest "
+        "process.",
         "",
         aims(results),
         "",
