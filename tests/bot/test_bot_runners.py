@@ -17,7 +17,15 @@ import pytest
 from merge_adapter.bot.jobs import Job, JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import find_job
-from merge_adapter.bot.runners.base import REPORT_FILE, Interrupted, Watch, arguments_of, outcome_of
+from merge_adapter.bot.runners.base import (
+    REPORT_FILE,
+    Interrupted,
+    Watch,
+    arguments_of,
+    combined,
+    merge_options,
+    outcome_of,
+)
 from merge_adapter.bot.runners.flavours import choose_flavour, estimate
 from merge_adapter.bot.settings import BotSettings, RunnerKind
 from merge_adapter.bot.store import Store
@@ -103,15 +111,23 @@ def test_arguments_carry_choices_and_no_secret(tmp_path: Path) -> None:
         soft_prompt=SoftPrompt.TOKENS,
         merged="ada/m",
     )
-    combined = replace(lease.job.request, subfolder="", options=more)
-    common = "--adapter ada/two@v1 --weight=1 --weight=-0.5 --device auto --quantized-base original --combination ties"
+    several = replace(lease.job.request, subfolder="", options=more)
+    weighted = "--adapter ada/two@v1 --weight=1.0 --weight=-0.5"
+    common = f"{weighted} --device auto --quantized-base original --combination ties"
     run, verify = (
-        " ".join(arguments_of(replace(lease.job, request=replace(combined, kind=kind)), BotSettings()))
+        " ".join(arguments_of(replace(lease.job, request=replace(several, kind=kind)), BotSettings()))
         for kind in (JobKind.MERGE, JobKind.VERIFY)
     )
     assert run == f"run ada/x@{'a' * 40} {common} --density 0.4 --soft-prompt tokens --json"
     assert verify == f"verify ada/m --adapter ada/x@{'a' * 40} {common} --density 0.4 --json"
     store.close()
+
+
+def test_options_reach_the_command_line_as_they_were_given() -> None:
+    """A branch may bear the name of another option's default, and a third has more than six digits."""
+    options = JobOptions(base_revision="auto", weights=(1 / 3, 1e-9), density=0.123456789)
+    assert merge_options(options) == {"--base-revision": "auto", "--density": "0.123456789"}
+    assert [float(one.partition("=")[2]) for one in combined(options)] == [1 / 3, 1e-9]
 
 
 @pytest.fixture

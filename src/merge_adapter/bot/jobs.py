@@ -93,10 +93,13 @@ class JobOptions:
     merged: str | None = None
     """For VERIFY: the checkpoint to judge, `owner/name` or `owner/name@revision`."""
 
+    def chosen(self) -> dict[str, Any]:
+        """Only what differs from the default."""
+        return {key: value for key, value in asdict(self).items() if value != getattr(_DEFAULTS, key)}
+
     def to_json(self) -> str:
-        """Only what differs from the default, with sorted keys: equal options give equal text."""
-        chosen = {key: value for key, value in asdict(self).items() if value != getattr(_DEFAULTS, key)}
-        return json.dumps(chosen, sort_keys=True)
+        """What was chosen, with sorted keys: equal options give equal text."""
+        return json.dumps(self.chosen(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> JobOptions:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from merge_adapter.bot.jobs import JobRequest, Source
 from merge_adapter.bot.pages.forms import Wish
 from merge_adapter.bot.runners.base import combined, merge_options
 from merge_adapter.bot.runners.local import withheld
@@ -26,8 +25,7 @@ _AT_ONCE = threading.BoundedSemaphore(2)
 def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
     """What `merge-adapter plan --json` prints: the plan, or `error`. Raises HubError when it takes too long."""
     reference = f"{wish.adapter}@{wish.revision}" if wish.revision else wish.adapter
-    request = JobRequest(wish.adapter, wish.revision or "", Source.PAGE, options=wish.options)
-    chosen = {"--subfolder": wish.subfolder, **merge_options(request)}
+    chosen = {"--subfolder": wish.subfolder, **merge_options(wish.options)}
     arguments = [text for name, value in chosen.items() if value for text in (name, value)]
     arguments += combined(wish.options)
     environment = {

@@ -15,7 +15,6 @@ from merge_adapter.bot.jobs import (
     Job,
     JobKind,
     JobOptions,
-    JobRequest,
     JobState,
     Outcome,
     Stage,
@@ -26,12 +25,21 @@ from merge_adapter.errors import ExitCode, StorageError
 from merge_adapter.hub.access import redact
 from merge_adapter.hub.errors import RefusedError
 from merge_adapter.report.lines import parse_line
-from merge_adapter.types import CombinationType, DType, QuantizedBase, SoftPrompt, Strategy
 
 LOG_FILE = "log.txt"
 REPORT_FILE = "report.json"
 _LOG_LIMIT = 4 << 20
 """Bytes of a job's log that are kept."""
+_MERGE_OPTIONS = (
+    "base_model",
+    "base_revision",
+    "dtype",
+    "quantized_base",
+    "combination",
+    "density",
+    "svd_rank",
+)
+"""Options of a merge and of a verification alike."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def arguments_of(
         "--license": options.license,
         "--probe-tokens": str(settings.probe_tokens or ""),
         "--device": device,
-        **merge_options(request, verify=request.kind is JobKind.VERIFY),
+        **merge_options(options, verify=request.kind is JobKind.VERIFY),
     }
     for name, value in chosen.items():
         if value:
@@ -147,31 +155,14 @@ def combined(options: JobOptions) -> list[str]:
     """The further adapters and all weights, as arguments."""
     # A negative weight of its own would be read as an option.
     more = [text for adapter in options.adapters for text in ("--adapter", adapter)]
-    return [*more, *(f"--weight={weight:g}" for weight in options.weights)]
+    return [*more, *(f"--weight={weight}" for weight in options.weights)]
 
 
-def merge_options(request: JobRequest, *, verify: bool = False) -> dict[str, str]:
+def merge_options(options: JobOptions, *, verify: bool = False) -> dict[str, str]:
     """The options of the command line that say what is merged and how; those that are not chosen are left out."""
-    options = request.options
-    chosen = {
-        "--base-model": options.base_model,
-        "--base-revision": options.base_revision,
-        "--dtype": options.dtype,
-        "--quantized-base": options.quantized_base,
-        "--combination": options.combination,
-        "--density": None if options.density is None else f"{options.density:g}",
-        "--svd-rank": None if options.svd_rank is None else str(options.svd_rank),
-    }
-    if not verify:
-        chosen |= {"--strategy": options.strategy, "--soft-prompt": options.soft_prompt}
-    defaults = {
-        DType.AUTO,
-        Strategy.AUTO,
-        QuantizedBase.REFUSE,
-        SoftPrompt.REFUSE,
-        CombinationType.SEQUENTIAL,
-    }
-    return {name: str(value) for name, value in chosen.items() if value and value not in defaults}
+    names = _MERGE_OPTIONS if verify else (*_MERGE_OPTIONS, "strategy", "soft_prompt")
+    chosen = options.chosen()
+    return {f"--{name.replace('_', '-')}": str(chosen[name]) for name in names if name in chosen}
 
 
 def outcome_of(exit_code: int, document: Mapping[str, Any] | None, *, last_line: str = "") -> Outcome:

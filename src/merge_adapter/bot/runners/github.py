@@ -95,12 +95,12 @@ class GitHubRunner:
     def _payload(self, job: Job, mark: str) -> dict[str, Any]:
         request, options = job.request, job.request.options
         chosen: dict[str, Any] = {
-            **{name.removeprefix("--"): value for name, value in merge_options(request).items()},
+            **{name.removeprefix("--"): value for name, value in merge_options(options).items()},
             "target-repo": options.target_repo,
             "license": options.license,
             "private": options.private,
             "combine-with": "\n".join(options.adapters),
-            "weights": "\n".join(f"{weight:g}" for weight in options.weights),
+            "weights": "\n".join(map(str, options.weights)),
         }
         return {
             "job": mark,
