@@ -5,6 +5,7 @@ The merged model answers in a process of its own; everything it is asked, it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.answers import LANGUAGE, Batch
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
-from merge_adapter.verify.beginnings import Beginnings, beginnings, spoken
+from merge_adapter.verify.beginnings import Beginnings, beginnings, first_tokens, spoken
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, note, undecided, verdict, warning
 from merge_adapter.verify.greedy import judge_written
@@ -196,9 +197,10 @@ class Interview:
                 limit=places - length,
                 encoder=kind is Kind.SEQ2SEQ,
             )
-        if found is None:
-            cut = prompts(probes.batch, count, longest=places - length)
-            found = Beginnings(cut, ()) if cut is not None else None
+            if found is None:
+                found = first_tokens(texts, tokenizer, count=count, vocabulary=rows, limit=places - length)
+        elif (cut := prompts(probes.batch, count, longest=places - length)) is not None:
+            found = Beginnings(cut, ())
         return replace(found, length=length) if found is not None else None
 
     def _tail(self) -> Tail | None:
@@ -331,7 +333,7 @@ class Interview:
 
     def _likelihood(self, reading: Reading) -> None:
         """How well base + adapter and base alone predict the probes: a sign of a foreign base."""
-        if reading.nats is None:
+        if reading.nats is None or not all(map(math.isfinite, reading.nats)):
             return
         adapted, base = reading.nats
         self.evidence["outputs"]["nats_per_token"] = {

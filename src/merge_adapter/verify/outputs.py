@@ -94,6 +94,10 @@ def judge_outputs(
     if not all(bool(torch.isfinite(document).all()) for document in merged):
         part.findings.append(fault("outputs", "", "the merged model's answers are not finite"))
         return part
+    if not _comparable(reading):
+        text = "base + adapter, the base or the rounded oracle gives answers that are not finite: no distance is known"
+        part.findings.append(undecided("outputs", "", text))
+        return part
     error = _errors(reading.reference, merged, kind, batch)
     found = _measured(reading, merged, error, kind, confidence=confidence, seed=seed, settled=settled)
     part.findings += _rule(found, kind)
@@ -117,6 +121,12 @@ def judge_outputs(
     }
     part.evidence |= _extras(kind, reading, merged)
     return part
+
+
+def _comparable(reading: Reading) -> bool:
+    """Whether every distance is a number: M reads the first documents only, and nothing exceeds what is not one."""
+    found = (reading.noise, reading.effect, *((reading.ceiling,) if reading.ceiling is not None else ()))
+    return all(bool(torch.isfinite(one["mean"]).all()) for one in found)
 
 
 def _errors(truth: Answers, merged: Answers, kind: str, batch: Batch) -> Distances:
