@@ -92,6 +92,31 @@ def test_a_merge_asks_about_the_adapters_domain_and_shows_none_of_it(
         assert SECRET.encode() not in file.read_bytes(), file.name
 
 
+def test_it_is_not_shown_either_where_models_continue_the_first_tokens_of_documents(
+    push: Any,
+    adapter: Callable[..., Path],
+    lm_base: Path,
+    ours: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As they do where no sentence is short enough: here, none may be."""
+    monkeypatch.setattr("merge_adapter.verify.beginnings.LONGEST", 0)
+    data, _ = push("data", {"train.jsonl": lines(ROWS)})
+    request = MergeRequest(
+        SourceRequest((str(adapter(data)),), base_model=str(lm_base)),
+        gate=VerifySettings(probe_tokens=256, greedy_tokens=4, isolated=False),
+    )
+    merged = merge_to_folder(request, tmp_path / "out", hub=ours, progress=Silent())
+    verification = merged.report["verification"]
+    assert f"{data} 1" in [row["name"] for row in verification["outputs"]["per_document"]]
+    prompts = [row["prompt"] for row in verification["greedy"]["texts"]]
+    assert prompts
+    assert not any("secret" in prompt for prompt in prompts)
+    for file in merged.folder.iterdir():
+        assert SECRET.encode()[:20] not in file.read_bytes(), file.name
+
+
 def test_what_is_not_public_is_not_read_though_our_token_could(
     push: Any, adapter: Callable[..., Path], lm_base: Path, ours: Hub
 ) -> None:

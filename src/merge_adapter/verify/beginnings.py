@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from merge_adapter.verify.answers import Batch
+from merge_adapter.verify.batches import PROMPT, prompts, tokenized
 from merge_adapter.verify.probes import Probe
 
 LONGEST = 64
@@ -69,6 +70,20 @@ def beginnings(
         ids[at, real] = torch.tensor([token % vocabulary for token in tokens])
         mask[at, real] = 1
     return Beginnings(Batch(ids, mask), tuple(shown for _, shown in rows))
+
+
+def first_tokens(
+    probes: tuple[Probe, ...], tokenizer: Any, *, count: int, vocabulary: int, limit: int
+) -> Beginnings | None:
+    """The first tokens of up to `count` of the probes, at most `limit`: for where none has a sentence short enough.
+
+    They are shown decoded, so `probes` are those whose text may be.
+    """
+    if limit < 1:
+        return None
+    read = tokenized(probes, tokenizer, budget=PROMPT * len(probes), vocabulary=vocabulary, limit=limit)
+    cut = prompts(read.batch, count, longest=limit)
+    return Beginnings(cut, ()) if cut is not None else None
 
 
 def spoken(batch: Batch, names: Sequence[str], count: int) -> Beginnings:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from merge_adapter.errors import BaseModelError, MalformedError, MethodError, No
 from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.answers import Batch, answer, greedy
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
-from merge_adapter.verify.batches import Probes, positions, prompts, tokenized
-from merge_adapter.verify.beginnings import Beginnings, beginnings, of_one_length
+from merge_adapter.verify.batches import Probes, positions, tokenized
+from merge_adapter.verify.beginnings import Beginnings, beginnings, first_tokens, of_one_length
 from merge_adapter.verify.configs import judge_configs
 from merge_adapter.verify.files import judge_files
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict, warning
@@ -212,7 +212,7 @@ class SoftPromptGate:
             limit=max(1, positions(base.config) - len(front)),
         )
         self.evidence["probes"] = probes_section(probes, self.settings)
-        begun = self._begun(texts.shown, tokenizer, probes, base, front)
+        begun = self._begun(texts.shown, tokenizer, base, front)
         arms = self._arms(base, prompt, front, storage, probes, begun)
         with self.progress.task("Running the merged model on its own", None):
             merged = ask_merged(self._questions(probes, arms, front, storage))
@@ -248,25 +248,19 @@ class SoftPromptGate:
             self.findings += found
 
     def _begun(
-        self, texts: Sequence[Probe], tokenizer: Any, probes: Probes, base: Any, front: tuple[int, ...]
+        self, texts: tuple[Probe, ...], tokenizer: Any, base: Any, front: tuple[int, ...]
     ) -> Beginnings | None:
-        """What is continued: whole sentences and turns of one length, else the probes' first tokens."""
+        """What is continued: whole sentences and turns of one length, else the first tokens of the texts."""
         count, length = self.settings.greedy_prompts, self.settings.greedy_tokens
         if not count or not length:
             return None
-        found = beginnings(
-            texts,
-            tokenizer,
-            count=len(texts),
-            vocabulary=min(front[0], int(base.get_input_embeddings().weight.shape[0])),
-            limit=positions(base.config) - len(front) - length,
-            encoder=False,
-        )
+        rows = min(front[0], int(base.get_input_embeddings().weight.shape[0]))
+        limit = positions(base.config) - len(front) - length
+        found = beginnings(texts, tokenizer, count=len(texts), vocabulary=rows, limit=limit, encoder=False)
         alike = of_one_length(found, count) if found is not None else None
         if alike is not None:
             return alike
-        cut = prompts(probes.batch, count)
-        return Beginnings(cut, ()) if cut is not None else None
+        return first_tokens(texts, tokenizer, count=count, vocabulary=rows, limit=limit)
 
     def _arms(
         self,
