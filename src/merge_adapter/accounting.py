@@ -57,16 +57,21 @@ def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None
                 before = owner.setdefault(spec.name, (number, change))
                 if before[0] == number or _add_up(change, before[1]):
                     continue
-                if not commute(change, before[1], adapter, adapters[before[0]][0]):
+                if not _commute(change, before[1], adapter, adapters[before[0]][0]):
+                    sums = _is_sum(change) and _is_sum(before[1])
+                    reason = (
+                        "one by its factors and the other through PEFT's own layer, which are not added up in one step"
+                        if sums
+                        else "and not only by adding: the result would depend on their order"
+                    )
                     raise MethodError(
-                        f"{spec.name} is changed by two adapters, and not only by adding: the result would depend on"
-                        " their order.",
+                        f"{spec.name} is changed by two adapters, {reason}.",
                         hint="Merge them one by one, in the order you want: merge FIRST --output DIR, then merge"
                         " SECOND --base-model DIR.",
                     )
 
 
-def commute(left: Change, right: Change, one: Adapter, other: Adapter) -> bool:
+def _commute(left: Change, right: Change, one: Adapter, other: Adapter) -> bool:
     """Whether two changes of the same tensors that are no sums give the same in either order: those of IA3 do."""
     modules = isinstance(left, ModuleChange) and isinstance(right, ModuleChange)
     return modules and left.writes == right.writes and one.method == other.method == "IA3"
@@ -77,11 +82,11 @@ def _is_sum(change: Change) -> bool:
 
 
 def _add_up(left: Change, right: Change) -> bool:
-    """Whether both are sums, of rows or of the same tensors of the base as a whole."""
+    """Whether both are sums of the same kind: of rows, or of the same tensors of the base as a whole."""
     if not (_is_sum(left) and _is_sum(right)):
         return False
-    if isinstance(left, RowChange) and isinstance(right, RowChange):
-        return True
+    if isinstance(left, RowChange) or isinstance(right, RowChange):
+        return isinstance(left, RowChange) and isinstance(right, RowChange)
     return left.writes == right.writes and {spec.name for spec in left.writes} <= set(left.reads)
 
 

@@ -185,6 +185,10 @@ class Work:
             module = next((step for step in changes if isinstance(step.change, ModuleChange)), None)
             if module is None:
                 yield from self._tensor_jobs(shard, stored.spec, stored.offset, changes)
+            elif len(changes) > 1:
+                raise AssertionError(
+                    f"{stored.spec.name} is written by {len(changes)} changes, one of them whole"
+                )
             elif id(module) not in started:
                 started.add(id(module))
                 yield partial(self._run_module, module)

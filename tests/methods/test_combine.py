@@ -310,6 +310,22 @@ def test_other_sums_add_up_too(
 # -------------------------------------------------------------------------------------------------- refusals
 
 
+def test_sums_that_are_made_in_two_ways_are_refused(several: Callable[..., Several]) -> None:
+    """Factors row by row beside a block-diagonal LoRA, which PEFT's own layer merges: neither may hide the other."""
+    from peft import BdLoraConfig
+
+    blocks = BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)
+    made = several(
+        {"r": 4, "target_modules": ["q_proj"]}, {"r": 4, "target_modules": ["q_proj"], "use_bdlora": blocks}
+    )
+    for pair in (made, Several(made.base, made.adapters[::-1])):
+        with pytest.raises(
+            MethodError, match=r"q_proj\.weight is changed by two adapters, one by its factors"
+        ) as caught:
+            pair.plan(SEQUENTIAL, (1.0, 1.0))
+        assert "--base-model" in caught.value.hint
+
+
 def test_what_a_combination_would_lose_is_refused(several: Callable[..., Several]) -> None:
     """DoRA's magnitudes and tensors trained whole have no weighted form; sequential says where it cannot either."""
     dora = several(ATTENTION, {**ATTENTION, "use_dora": True})
