@@ -23,11 +23,13 @@ STYLE = (
 
 
 def histogram_svg(section: Mapping[str, Any], metric: str) -> str:
-    """Noise, error and effect over a logarithmic axis; "" without data. `section` is `outputs.histogram`."""
+    """Noise, error and effect over a logarithmic axis; "" without data or axis. `section`: `outputs.histogram`."""
     counts = section.get("counts") if section else None
     if not counts:
         return ""
     low, high = section["log10_low"], section["log10_high"]
+    if high <= low:  # a report of somebody else's: the gate's own axis has a length
+        return ""
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     shapes: list[str] = []
     for name, opacity in (("effect", 0.55), ("noise", 0.75), ("error", 0.75)):
