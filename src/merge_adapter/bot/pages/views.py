@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from merge_adapter.bot.app import Parts
-from merge_adapter.bot.jobs import Job, JobState, Source
+from merge_adapter.bot.jobs import Job, JobKind, JobState, Source
 from merge_adapter.bot.pages.login import Session, login_target
 from merge_adapter.bot.pages.render import HEADERS, of_whom, page
 from merge_adapter.bot.rows import JobFilter, count_jobs, find_job, list_jobs
@@ -20,11 +20,13 @@ from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
 from merge_adapter.errors import MalformedError, NotFoundError
 from merge_adapter.report import document
 from merge_adapter.report.charts import histogram_svg, tensors_svg
-from merge_adapter.report.evidence import verdict_rows
+from merge_adapter.report.evidence import text_columns, verdict_rows
 from merge_adapter.report.page import page as report_html
 from merge_adapter.types import CombinationType, DType, QuantizedBase, Strategy
 
 _PAGE = 25
+_TEXTS = 3
+"""Pieces of greedy text on a job's page; its report has them all."""
 _LOG_LINES = 200
 _LOG_BYTES = 200_000
 _HUB = "https://huggingface.co"
@@ -129,6 +131,7 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
     verification = report["verification"] if report else {}
     outputs = verification.get("outputs") or {}
     weights = verification.get("weights") or {}
+    texts = ((verification.get("greedy") or {}).get("texts") or ())[:_TEXTS]
     stage = found.stage
     whose = "the login of who asked" if found.request.source is Source.PAGE else "the bot's token"
     share = None
@@ -150,7 +153,8 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
         "reasons": verification.get("reasons") or (),
         "histogram": histogram_svg(outputs.get("histogram") or {}, str(outputs.get("metric", ""))),
         "tensors": tensors_svg(weights.get("per_tensor") or ()),
-        "texts": (verification.get("greedy") or {}).get("texts") or (),
+        "texts": texts,
+        "columns": text_columns(texts),
     }
 
 
@@ -181,7 +185,9 @@ def _report(found: Job, parts: Parts) -> dict[str, Any] | None:
         return None
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-        document.validate({k: v for k, v in parsed.items() if k != "publication"}, place=str(found.id))
+        sections = {k: v for k, v in parsed.items() if k != "publication"}
+        judged = found.request.kind is JobKind.VERIFY
+        (document.validate_judgement if judged else document.validate)(sections, place=found.id)
     except (ValueError, AttributeError, MalformedError):
         return None
     return dict(parsed)
