@@ -361,9 +361,10 @@ def _print_json(document: Mapping[str, Any]) -> None:
 
 def _say(message: str, hint: str = "") -> None:
     """A message on stderr; control characters in names that strangers chose cannot steer the terminal."""
+    from merge_adapter.report.printable import printable
+
     for line in (message, *([f"  {hint}"] if hint else [])):
-        clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in line)
-        sys.stderr.write(clean + "\n")
+        sys.stderr.write(printable(line) + "\n")
 
 
 def _stop(signum: int, frame: object) -> None:  # noqa: ARG001

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_adapter.report.printable import printable
 from merge_adapter.types import Verdict
 
 REASONS_SHOWN = 12
@@ -55,7 +56,7 @@ def verdict_markdown(verification: Mapping[str, Any]) -> str:
 
 def escape(text: str) -> str:
     """`text` as literal Markdown in one table cell: no links, images, mentions, HTML or new lines."""
-    flat = re.sub(r"\s+", " ", "".join(c if c.isprintable() or c.isspace() else "�" for c in text)).strip()
+    flat = printable(re.sub(r"\s+", " ", text).strip())
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # a word joiner keeps @name and #1 from becoming a mention or a reference
     flat = re.sub(r"([@#])(?=\w)", "\\1\u2060", flat)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
+from merge_adapter.report.printable import printable
 from merge_adapter.types import Task
 
 VARIABLE = "MERGE_ADAPTER_PROGRESS"
@@ -79,4 +80,4 @@ class LineProgress:
         return self._run(_LineTask(label, total, unit, self._stream))
 
     def note(self, text: str) -> None:
-        print(" ".join(text.split()), file=self._stream, flush=True)
+        print(printable(" ".join(text.split())), file=self._stream, flush=True)

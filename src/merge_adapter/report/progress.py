@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING
 
+from merge_adapter.report.printable import printable
 from merge_adapter.types import Progress, Silent, Task
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class LogProgress:
         return self._run(_LogTask(label, total, unit, self._stream))
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 class LiveProgress:
@@ -142,7 +143,7 @@ class LiveProgress:
         return self._run(label, total, unit)
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(printable(text), markup=False, highlight=False)
 
 
 class _LiveTask:

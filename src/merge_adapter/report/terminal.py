@@ -13,19 +13,25 @@ from merge_adapter.pipeline import Merged, RunOutcome
 from merge_adapter.plan import MergePlan
 from merge_adapter.report.document import several_entries, source_entry
 from merge_adapter.report.evidence import verdict_rows
+from merge_adapter.report.printable import printable
 from merge_adapter.report.progress import human_bytes, human_seconds
 from merge_adapter.types import Adapter, Operation, Resolved, Verdict
 
 _VERDICT_STYLE = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 
 
+def _plain(text: str) -> Text:
+    """Text as it is: names come from strangers, carry no markup, and cannot steer the terminal."""
+    return Text(printable(text))
+
+
 def _facts(rows: list[tuple[str, str]]) -> Table:
-    """Two columns without lines. Text is shown as it is: names come from strangers and carry no markup."""
+    """Two columns without lines."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
-        table.add_row(Text(label), Text(value))
+        table.add_row(Text(label), _plain(value))
     return table
 
 
@@ -61,7 +67,7 @@ def _named(adapter: Adapter) -> str:
 
 def show_notes(console: Console, notes: tuple[str, ...]) -> None:
     for note in notes:
-        console.print(Text.assemble(("note  ", "yellow"), note))
+        console.print(Text.assemble(("note  ", "yellow"), _plain(note)))
 
 
 def show_verdict(console: Console, verification: Mapping[str, Any]) -> None:
@@ -74,13 +80,13 @@ def show_verdict(console: Console, verification: Mapping[str, Any]) -> None:
         table.add_row(
             Text(row.check),
             Text(row.result.value, style=_VERDICT_STYLE.get(row.result, "dim")),
-            Text(row.evidence),
+            _plain(row.evidence),
         )
     if table.row_count:
         console.print(table)
     console.print(Text.assemble(("verdict  ", "dim"), (verdict.value.upper(), _VERDICT_STYLE[verdict])))
     for reason in verification["reasons"]:
-        console.print(Text(f"  {reason}"))
+        console.print(_plain(f"  {reason}"))
 
 
 def show_mutants(console: Console, verification: Mapping[str, Any]) -> None:
@@ -90,7 +96,7 @@ def show_mutants(console: Console, verification: Mapping[str, Any]) -> None:
         table.add_column(heading, overflow="fold")
     for mutant in verification.get("mutants", []):
         caught = ", ".join(mutant["caught_by"]) or "nothing: the gate is blind to it"
-        table.add_row(Text(mutant["fault"]), Text(caught))
+        table.add_row(_plain(mutant["fault"]), Text(caught))
     console.print(table)
 
 
