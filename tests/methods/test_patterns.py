@@ -27,7 +27,8 @@ HOSTILE = r"(([a-z0-9_.]+)*)*!"
     [
         ("q_proj", True), (r".*\.(q|v)_proj", True), (r"model\.layers\.\d+\.(?!mlp).*_proj", True), ("a?(b|c)?", True),
         (r"[*+{(]+\)*", True), (UNSLOTH, False), (HOSTILE, False), (r"(a|a)*b", False), (r"(x+){2,}", False),
-        (".*.*.*x", False),
+        (".*.*.*x", False), ("(q|k|v|o|gate|up|down)_proj", True), (".?" * 40 + "!", False),
+        ("(?:.|..)" * 40 + "!", False), (f"(?#[){HOSTILE}(?#])", False), (f"(?x)#[\n{HOSTILE}#]", False),
     ],
 )  # fmt: skip
 def test_what_may_be_costly_is_told_apart(pattern: str, *, cheap: bool) -> None:
@@ -44,9 +45,9 @@ def test_costly_patterns_that_end_in_time_are_accepted() -> None:
     [
         {"target_modules": HOSTILE}, {"exclude_modules": HOSTILE}, {"rank_pattern": {"q_proj": 4, HOSTILE: 8}},
         {"layers_pattern": ["layers", HOSTILE]}, {"modules_to_save": [HOSTILE]}, {"feedforward_modules": HOSTILE},
-        {"target_modules": ".*" * 14 + "!"},
+        {"target_modules": ".*" * 14 + "!"}, {"target_modules": ".?" * 60 + "!"},
     ],
-    ids=["target", "exclude", "rank", "layers", "saved", "feedforward", "polynomial"],
+    ids=["target", "exclude", "rank", "layers", "saved", "feedforward", "polynomial", "choices"],
 )  # fmt: skip
 def test_a_pattern_that_hangs_is_refused(config: dict[str, Any]) -> None:
     (key,) = config

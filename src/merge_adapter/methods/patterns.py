@@ -24,9 +24,13 @@ _WALL = 300
 _LENGTH = 1 << 16
 """Characters of one pattern."""
 _ESCAPED = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
+_GROUP = re.compile(r"\(\?(?:[:=!]|<[=!]|P<\w+>)")
+"""How a plain group, one that is not kept, a look around and a named group begin; other things behind `(?` are rare."""
 _QUANTIFIER = re.compile(r"[*+{]")
-_CHEAP = 2
-"""Quantifiers that a pattern may have and still be quick on the path of a module."""
+_CHOICE = re.compile(r"[?|]")
+_CHEAP = 12
+"""Bits of work that a pattern may be and still be quick: 6 for each quantifier, which has some 64 characters of a path
+to try, 1 for each choice between two."""
 _KEYS = re.compile(r"modules|pattern|parameters|layers")
 """In the names of config keys whose values PEFT may use as patterns."""
 _TRY = """
@@ -92,9 +96,11 @@ def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def is_cheap(pattern: str) -> bool:
-    """Whether a pattern is quick on any path: no repeated group, and next to no repetition at all."""
-    plain = _ESCAPED.sub("x", pattern)
-    return not re.search(r"\)[*+{]", plain) and len(_QUANTIFIER.findall(plain)) <= _CHEAP
+    """Whether a pattern is quick on any path: no repeated group, next to no repetition and few choices."""
+    plain = _GROUP.sub("(", _ESCAPED.sub("x", pattern))
+    if "(?" in plain or re.search(r"\)[*+{]", plain):  # comments and flags change what the rest means
+        return False
+    return 6 * len(_QUANTIFIER.findall(plain)) + len(_CHOICE.findall(plain)) <= _CHEAP
 
 
 def module_paths(names: NameMap, adapter: Iterable[str]) -> tuple[str, ...]:
