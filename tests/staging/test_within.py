@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from passing_world import WEIGHTS, World
 
 from localhub.faults import Answer, Cut, FaultProxy, LoseAnswer, Rule
@@ -230,6 +231,39 @@ def test_a_new_repository_gets_it_on_main_when_it_has_passed(
     assert outcome.publication.number is None
     assert world.weights(outcome.publication.repo) == merged_weights()
     assert [status for _, status in world.pulls(outcome.publication.repo)] == ["closed"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own LFS upload
+def test_a_new_repository_gets_it_on_main_without_xet(
+    world: World, base: str, merged_weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that came whole have no xet hash; from the draft to main they stay within their repository."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    adapter = world.adapter(base)
+    outcome = passed_through(
+        world, adapter, gate=VerifySettings(probe_tokens=64), publish_to=PublishTo.NEW_REPO
+    )
+    assert outcome.publication is not None
+    assert outcome.publication.number is None
+    assert world.weights(outcome.publication.repo) == merged_weights()
+
+
+def test_a_new_repository_gets_it_on_main_from_another_region(
+    world: World, base: str, merged_weights: Weights
+) -> None:
+    """The Hub copies nothing from the base, and main is filled from the draft all the same."""
+    adapter = world.adapter(base)
+    with FaultProxy(world.url, [Rule(Answer(409), method="POST", path="/lfs-files/duplicate")]) as proxy:
+        outcome = passed_through(
+            world,
+            adapter,
+            gate=VerifySettings(probe_tokens=64),
+            publish_to=PublishTo.NEW_REPO,
+            url=proxy.url,
+        )
+    assert outcome.publication is not None
+    assert outcome.publication.number is None
+    assert world.weights(outcome.publication.repo) == merged_weights()
 
 
 def test_an_update_goes_to_the_pull_request_that_is_open(world: World, base: str, tmp_path: Path) -> None:

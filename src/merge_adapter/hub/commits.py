@@ -91,7 +91,7 @@ def commit(
     was uploaded stays with the Hub.
     """
     there = {path: entry.lfs.sha256 for path, entry in parent.entries.items() if entry.lfs}
-    copies, rest = _copied_on_server(uploads, sources, there)
+    copies, rest = _copied_on_server(uploads, sources, there, within=parent.repo_id)
     removed = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in delete]
     sender = _Sender(hub, repo_id, ref, parent.revision, message, body)
     additions = [_addition(upload) for upload in rest]
@@ -105,13 +105,15 @@ def commit(
             if not _refused_copy(error.__cause__):
                 raise
         progress.note("The Hub refused to copy files between the repositories; they are uploaded instead.")
-        paths = {copy.path_in_repo for copy in copies}
+        inside = [copy for copy in copies if copy.src_repo_id is None]
+        paths = {copy.path_in_repo for copy in copies if copy.src_repo_id is not None}
         missing = [_brought(hub, repo_id, ref, upload) for upload in uploads if upload.path_in_repo in paths]
         more = [_addition(upload) for upload in missing]
         sent += _preupload(sender, more, missing, progress)
         copied = sum(upload.bytes for upload in uploads) - sent
         additions += more
-    return Commit(sender.send([*additions, *removed], uploads), sent, copied)
+        copies = inside
+    return Commit(sender.send([*additions, *copies, *removed], uploads), sent, copied)
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,18 @@ def holds(entries: Mapping[str, RepoFile], uploads: Sequence[Upload]) -> bool:
 
 
 def _copied_on_server(
-    uploads: Sequence[Upload], sources: Sequence[HubRepository], there: Mapping[str, str]
+    uploads: Sequence[Upload], sources: Sequence[HubRepository], there: Mapping[str, str], *, within: str
 ) -> tuple[list[CommitOperationCopy], list[Upload]]:
-    """Split `uploads` into copies of large files that a source holds with the same hash, and the rest."""
+    """Split `uploads` into copies of large files that a source holds with the same hash, and the rest.
+
+    `within` is the repository that is committed to. What it holds itself, at another commit, is taken first: such a
+    copy needs neither xet nor a storage region in common.
+    """
     held: dict[str, tuple[HubRepository, str]] = {}
-    for source in reversed(sources):
+    for source in sorted(sources, key=lambda one: one.repo_id != within):
         for path, entry in source.entries.items():
-            if entry.lfs is not None and entry.xet_hash is not None:
-                held[entry.lfs.sha256] = (source, path)
+            if entry.lfs is not None and (entry.xet_hash is not None or source.repo_id == within):
+                held.setdefault(entry.lfs.sha256, (source, path))
     copies: list[CommitOperationCopy] = []
     rest: list[Upload] = []
     for upload in uploads:
@@ -188,13 +194,14 @@ def _copied_on_server(
             rest.append(upload)
             continue
         source, path = found
+        across = source.repo_id != within
         copies.append(
             CommitOperationCopy(
                 src_path_in_repo=path,
                 path_in_repo=upload.path_in_repo,
                 src_revision=source.revision,
-                src_repo_id=source.repo_id,
-                src_repo_type="model",
+                src_repo_id=source.repo_id if across else None,
+                src_repo_type="model" if across else None,
             )
         )
     return copies, rest
