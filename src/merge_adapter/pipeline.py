@@ -6,7 +6,6 @@ One function per thing a person can ask for. Each returns what happened; none pr
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from merge_adapter.workspace import (
     memory_errors,
     partial_folder,
     storage_errors,
+    work_folder,
 )
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ def run(
         return run_within(disk_budget, sources, plan, request, publishing, hub=hub, progress=progress)
     with ExitStack() as stack:
         if output is None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-"))
-            place = Path(scratch) / "merged"
+            place = stack.enter_context(work_folder(job_name(sources))) / "merged"
         else:
             place = output
         request = _asking(request, sources, hub, progress)
@@ -276,6 +275,11 @@ def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Pro
     from merge_adapter.verify import verify
 
     return verify(folder, sources, settings=request.gate, progress=progress)
+
+
+def job_name(sources: Resolved) -> str:
+    """Names a job's work folder."""
+    return (sources.adapter.repository.origin.revision or "local")[:16]
 
 
 def rejected(output: Path) -> Path:

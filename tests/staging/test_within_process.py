@@ -56,11 +56,11 @@ def test_the_disk_never_holds_more_than_the_budget(world: World, base: str, tmp_
     assert list((home / "tmp").glob("merge-adapter-*/*")) == []  # nothing stays behind
 
 
-def _killed(world: World, adapter: str, home: Path, budget: int, rule: Rule, *options: str) -> None:
+def _killed(world: World, adapter: str, home: Path, rule: Rule, *options: object) -> None:
     """Start a run, and kill it when it waits at the first request that `rule` strikes."""
     with FaultProxy(world.url) as proxy:
         proxy.add(rule)
-        process = world.start(adapter, home, "--disk-budget", budget, *options, url=proxy.url)
+        process = world.start(adapter, home, *options, url=proxy.url)
         deadline = time.monotonic() + WAIT_SECONDS
         while not rule.struck and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_is_finished_by_the_next(
     paths = {"while a shard is sent": (r"/preupload/", 2), "at the commit": (r"/commit/", 0)}
     path, skip = paths[where]
     rule = Rule(Delay(WAIT_SECONDS), method="POST", path=path, skip=skip)
-    _killed(world, adapter, home, budget, rule, "--no-verify")
+    _killed(world, adapter, home, rule, "--disk-budget", budget, "--no-verify")
     target = f"{adapter}-merged"
     assert world.pulls(target) == [(1, "draft")]
     assert world.weights(target, "refs/pr/1") == {}  # no half commit
@@ -90,6 +90,20 @@ def test_a_run_that_is_killed_is_finished_by_the_next(
     assert process.returncode == ExitCode.DONE, said
     assert world.pulls(target) == [(1, "open")]
     assert world.weights(target, "refs/pr/1") == merged_weights()
+    assert list((home / "tmp").glob("merge-adapter-*/.*")) == []
+
+
+def test_a_killed_run_of_the_whole_model_leaves_no_copy_of_it(
+    world: World, base: str, tmp_path: Path
+) -> None:
+    """Without a budget the merged model lies in a work folder too, and the next run clears it."""
+    adapter = world.adapter(base)
+    home = tmp_path / "home"
+    _killed(world, adapter, home, Rule(Delay(WAIT_SECONDS), method="POST", path=r"/commit/"), "--no-verify")
+    assert list((home / "tmp").glob("merge-adapter-*/.*/merged/*.safetensors"))
+    process = world.start(adapter, home, "--no-verify")
+    _, said = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == ExitCode.NOT_EQUIVALENT, said
     assert list((home / "tmp").glob("merge-adapter-*/.*")) == []
 
 

@@ -17,7 +17,7 @@ from merge_adapter.checkpoint.layout import Layout
 from merge_adapter.errors import StorageError
 from merge_adapter.merge import merge, write_index
 from merge_adapter.paperwork import Work, write_reports
-from merge_adapter.pipeline import MergeRequest, RunOutcome
+from merge_adapter.pipeline import MergeRequest, RunOutcome, job_name
 from merge_adapter.plan import MergePlan
 from merge_adapter.publish import Outbox, PublishSettings, discard, publish
 from merge_adapter.publish.contents import Gone
@@ -91,8 +91,7 @@ def run_within(
     remote = sources.base.repository.origin.repo_id is not None
     least = schedule(plan, layout, fetched=remote, copied=frozenset(copied))
     check_budget(budget, needs, least)
-    key = sources.adapter.repository.origin.revision or "local"
-    with work_folder(key[:16]) as folder, ExitStack() as stack:
+    with work_folder(job_name(sources)) as folder, ExitStack() as stack:
         check_space(folder, needs.fixed + least.least_bytes)
         check_sparse(folder)
         place = set_up(folder, sources, plan, layout, request.settings)
