@@ -16,13 +16,43 @@ from urllib.request import Request, urlopen
 import pytest
 
 from merge_adapter.bot.probe import payload
+from merge_adapter.bot.queue import Queue, RetryRule
 from merge_adapter.bot.settings import BotSettings
+from merge_adapter.bot.store import Store
 
 if TYPE_CHECKING:
     from localhub.process import LocalHub
 
 SECRET = "s3cret-of-the-webhook"
 BASE_ID = "demo/pydoc-llama"
+
+
+class Clock:
+    """Time that tests move by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    """A store of its own, whose time is `clock`'s."""
+    with Store(tmp_path / "bot.sqlite3", clock=clock) as store:
+        yield store
+
+
+@pytest.fixture
+def queue(store: Store) -> Queue:
+    """The queue in `store`: leases of a minute, three attempts."""
+    return Queue(store, lease_seconds=60, retry=RetryRule(attempts=3, first_wait=10))
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ from urllib.request import urlopen
 import pytest
 
 from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Source
-from merge_adapter.bot.queue import Submitted
 from merge_adapter.bot.rows import JobFilter, find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
 from merge_adapter.bot.server import start
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Submitted
 from merge_adapter.bot.vault import open_vault
 
 

@@ -16,10 +16,10 @@ import pytest
 from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.pages import login
 from merge_adapter.bot.pages.render import static_file
-from merge_adapter.bot.queue import Submitted
 from merge_adapter.bot.rows import find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE
 from merge_adapter.bot.server import RunningBot, start
+from merge_adapter.bot.submission import Submitted
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.hub.oauth import Login
 

@@ -11,46 +11,22 @@ import time
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Outcome, Source, Stage
-from merge_adapter.bot.queue import Duplicate, Hold, OverLimit, Queue, RetryRule, Submitted
+from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import JobFilter, Viewer, count_jobs, find_job, list_jobs
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Duplicate, OverLimit, Submitted
 from merge_adapter.errors import StorageError
 
 DONE = Outcome(JobState.DONE, 0, verdict="pass", publication={"url": "http://hub/a/b/discussions/1"})
 
 
-class Clock:
-    """Time that tests move by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def push(adapter: str = "ann/style", sha: str = "a" * 40, **changes: object) -> JobRequest:
     return replace(JobRequest(adapter, sha, Source.WEBHOOK, private=False), **changes)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Clock):
-    with Store(tmp_path / "bot.sqlite3", clock=clock) as store:
-        yield store
-
-
-@pytest.fixture
-def queue(store: Store) -> Queue:
-    return Queue(store, lease_seconds=60, retry=RetryRule(attempts=3, first_wait=10))
 
 
 def submit(queue: Queue, request: JobRequest) -> str:
@@ -77,7 +53,7 @@ def test_a_job_is_claimed_once_and_finished(queue: Queue, store: Store) -> None:
     assert queue.claim("w1") is None
 
 
-def test_two_workers_of_one_name_are_told_apart(queue: Queue, clock: Clock) -> None:
+def test_two_workers_of_one_name_are_told_apart(queue: Queue, clock: Any) -> None:
     """The fence is owner and attempt: a restarted worker of the same name is another holder."""
     submit(queue, push())
     old = queue.claim("w")
@@ -91,7 +67,7 @@ def test_two_workers_of_one_name_are_told_apart(queue: Queue, clock: Clock) -> N
     assert queue.finish(new, DONE) is Hold.HELD
 
 
-def test_a_held_lease_does_not_expire(queue: Queue, clock: Clock) -> None:
+def test_a_held_lease_does_not_expire(queue: Queue, clock: Any) -> None:
     submit(queue, push())
     lease = queue.claim("w1")
     assert lease is not None
@@ -160,7 +136,7 @@ def test_an_older_observation_arriving_late_changes_nothing(queue: Queue) -> Non
     assert queue.hold(lease) is Hold.HELD
 
 
-def test_one_at_a_time_per_target(queue: Queue, clock: Clock) -> None:
+def test_one_at_a_time_per_target(queue: Queue, clock: Any) -> None:
     """Two adapters may share a target; their jobs run one after the other, others pass them by."""
     options = JobOptions(target_repo="ann/shared")
     submit(queue, push("ann/one", options=options))
@@ -177,7 +153,7 @@ def test_one_at_a_time_per_target(queue: Queue, clock: Clock) -> None:
     assert third is not None and third.job.request.adapter == "ann/two"
 
 
-def test_people_go_before_pushes_and_pushes_before_catching_up(queue: Queue, clock: Clock) -> None:
+def test_people_go_before_pushes_and_pushes_before_catching_up(queue: Queue, clock: Any) -> None:
     for adapter, source in (("a/b", Source.BACKFILL), ("a/w", Source.WEBHOOK), ("a/p", Source.PAGE)):
         submit(queue, push(adapter, source=source))
         clock.now += 1
@@ -185,7 +161,7 @@ def test_people_go_before_pushes_and_pushes_before_catching_up(queue: Queue, clo
     assert order == ["a/p", "a/w", "a/b"]
 
 
-def test_retries_wait_longer_each_time_and_end(queue: Queue, store: Store, clock: Clock) -> None:
+def test_retries_wait_longer_each_time_and_end(queue: Queue, store: Store, clock: Any) -> None:
     job_id = submit(queue, push())
     failed = Outcome(JobState.FAILED, 5, "the Hub is down", "Wait.")
     waits = []
@@ -207,7 +183,7 @@ def test_retries_wait_longer_each_time_and_end(queue: Queue, store: Store, clock
     assert job.message == "the Hub is down (tried 3 times)" and job.exit_code == 5
 
 
-def test_a_job_that_kills_its_workers_is_given_up(queue: Queue, store: Store, clock: Clock) -> None:
+def test_a_job_that_kills_its_workers_is_given_up(queue: Queue, store: Store, clock: Any) -> None:
     job_id = submit(queue, push())
     for _ in range(3):
         assert queue.claim("w") is not None
@@ -225,7 +201,7 @@ def test_a_released_job_is_taken_at_once_and_costs_no_attempt(queue: Queue) -> N
         assert queue.release(lease) is Hold.HELD
 
 
-def test_a_cancelled_job_whose_worker_died_ends(queue: Queue, store: Store, clock: Clock) -> None:
+def test_a_cancelled_job_whose_worker_died_ends(queue: Queue, store: Store, clock: Any) -> None:
     job_id = submit(queue, push())
     queue.claim("w")
     assert queue.cancel(job_id, reason="ann said so")
@@ -326,11 +302,12 @@ def _pages(store: Store) -> int:
     return store.read("PRAGMA page_count")[0][0]
 
 
-def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_store_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
     path = tmp_path / "bot.sqlite3"
     with Store(path) as store:
-        store.write(lambda db: db.execute("PRAGMA user_version = 99") and None)
-    with pytest.raises(StorageError, match="schema 99"):
+        store.write(lambda db: db.execute(f"PRAGMA user_version = {version}") and None)
+    with pytest.raises(StorageError, match=f"schema {version}, expected"):
         Store(path)
 
 

@@ -21,13 +21,14 @@ from merge_adapter.bot.housekeeping import Housekeeping
 from merge_adapter.bot.inbox import Inbox
 from merge_adapter.bot.intake import Intake
 from merge_adapter.bot.jobs import Job, JobOptions, JobRequest, JobState, Outcome, Reply, Source
-from merge_adapter.bot.queue import Duplicate, Hold, Queue, RetryRule, Submitted
+from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, Interrupted, Watch
 from merge_adapter.bot.runners.local import LocalRunner
 from merge_adapter.bot.server import WorkerProcess
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Duplicate, Submitted
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.bot.worker import Worker, queue_for
 from merge_adapter.errors import HubError, StorageError
@@ -35,32 +36,6 @@ from merge_adapter.hub import Hub
 
 DONE = Outcome(JobState.DONE, 0, verdict="pass")
 FIRST, SECOND = "a" * 40, "b" * 40
-
-
-class Clock:
-    """Time that tests move by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Clock):
-    with Store(tmp_path / "bot.sqlite3", clock=clock) as store:
-        yield store
-
-
-@pytest.fixture
-def queue(store: Store) -> Queue:
-    return Queue(store, lease_seconds=60, retry=RetryRule(attempts=3, first_wait=10))
 
 
 def push(sha: str = FIRST, adapter: str = "ann/style", **changes: Any) -> JobRequest:
@@ -124,23 +99,6 @@ def test_nothing_waits_for_ever_on_a_store_that_closes(tmp_path: Path) -> None:
         assert not wait_for(futures, timeout=60).not_done
 
 
-def test_a_store_of_the_version_before_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "bot.sqlite3"
-    with Store(path) as store:
-        job_id = submit(Queue(store), push(options=JobOptions(target_repo="Ann/Big")))
-
-        def age(db: sqlite3.Connection) -> None:
-            db.execute("DROP INDEX jobs_open")
-            db.execute("ALTER TABLE jobs DROP COLUMN round")
-            db.execute("CREATE INDEX jobs_running ON jobs (target) WHERE state = 'running'")
-            db.execute("PRAGMA user_version = 1")
-
-        store.write(age)
-    with Store(path) as store:
-        lease = Queue(store).claim("w")
-        assert lease is not None and lease.job.id == job_id and lease.job.round == 0
-
-
 # ---------------------------------------------------------------------------------------------- the queue
 
 
@@ -169,7 +127,7 @@ def test_a_job_that_is_being_stopped_stands_for_nothing(queue: Queue) -> None:
     assert heir is not None and heir.job.id == again
 
 
-def test_a_clock_set_back_loses_no_push(queue: Queue, clock: Clock) -> None:
+def test_a_clock_set_back_loses_no_push(queue: Queue, clock: Any) -> None:
     """An hour of pushes would else count as older than the last one before."""
     first = submit(queue, push(observed=clock.now))
     clock.now -= 3600
@@ -193,7 +151,7 @@ def test_a_job_cancelled_before_its_worker_knew_is_not_begun_again(queue: Queue,
 
 @pytest.mark.parametrize("fate", ["handed back", "its worker died"])
 def test_a_job_that_runs_elsewhere_is_cancelled_by_a_worker_that_stops_it_there(
-    queue: Queue, clock: Clock, fate: str
+    queue: Queue, clock: Any, fate: str
 ) -> None:
     """Ended in the table alone it would go on, cost money, and publish."""
     job_id = submit(queue, push(observed=1.0))
@@ -214,7 +172,7 @@ def test_a_job_that_runs_elsewhere_is_cancelled_by_a_worker_that_stops_it_there(
 
 
 def test_a_job_that_runs_elsewhere_keeps_its_target_while_no_worker_follows_it(
-    queue: Queue, clock: Clock
+    queue: Queue, clock: Any
 ) -> None:
     shared = JobOptions(target_repo="ann/shared")
     submit(queue, push(options=shared))

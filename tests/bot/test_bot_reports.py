@@ -17,9 +17,10 @@ from merge_adapter.bot.inbox import Inbox
 from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.pages import views
 from merge_adapter.bot.pages.login import NOBODY
-from merge_adapter.bot.queue import Queue, Submitted
+from merge_adapter.bot.queue import Queue
 from merge_adapter.bot.runners.base import REPORT_FILE
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Submitted
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.errors import MalformedError
 from merge_adapter.report import document

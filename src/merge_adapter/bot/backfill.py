@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from merge_adapter.bot.jobs import OPEN_STATES, Job, JobState
-from merge_adapter.bot.queue import Duplicate, Submitted
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Duplicate, Submitted
 from merge_adapter.bot.survey import Candidate, Standing
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.bot.worker import Worker, queue_for, runner_for

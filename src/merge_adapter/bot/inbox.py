@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from merge_adapter.bot.events import HubEvent, event_from_json, event_to_json
 from merge_adapter.bot.jobs import JobRequest
-from merge_adapter.bot.queue import Submission, submit_within
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Submission, submit_within
 
 _LONGEST_WAIT = 300.0
 """Seconds between two look-ups of one event while the Hub is away; it is never given up."""

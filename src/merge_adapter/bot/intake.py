@@ -14,9 +14,9 @@ from merge_adapter.bot.events import CommentEvent, PushEvent
 from merge_adapter.bot.inbox import Inbox, Pending
 from merge_adapter.bot.jobs import JobOptions, JobRequest, Reply, Source
 from merge_adapter.bot.logs import log
-from merge_adapter.bot.queue import Duplicate, OverLimit, Submission, Submitted
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.sources import source_of
+from merge_adapter.bot.submission import Duplicate, OverLimit, Submission, Submitted
 from merge_adapter.errors import (
     InputError,
     MergeAdapterError,

@@ -1,4 +1,4 @@
-"""The queue: jobs submitted, leased to workers, retried, cancelled, finished.
+"""The queue: jobs leased to workers, retried, cancelled, finished. How they come in: `submission`.
 
 A lease is held by renewing it. Every change by a worker names the owner and the attempt it leased, so that a
 worker that was paused for longer than its lease can do no harm: the job belongs to somebody else by then.
@@ -9,42 +9,16 @@ from __future__ import annotations
 
 import json
 import random
-import secrets
 import sqlite3
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from merge_adapter.bot.jobs import PRIORITY, Job, JobRequest, JobState, Outcome, Source, Stage
+from merge_adapter.bot.jobs import Job, JobRequest, JobState, Outcome, Stage
 from merge_adapter.bot.rows import job_from_row
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.submission import Submission, cancel_within, submit_within
 from merge_adapter.errors import ExitCode
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """The job is stored."""
-
-    job_id: str
-    replaced: tuple[str, ...] = ()
-    """Older jobs of the same adapter and ref that this one cancels."""
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """The same thing was asked for before, or something newer was."""
-
-    job_id: str
-
-
-@dataclass(frozen=True)
-class OverLimit:
-    """The asker has as many open jobs as one may have."""
-
-    limit: int
-
-
-Submission = Submitted | Duplicate | OverLimit
 
 
 class Hold(StrEnum):
@@ -105,7 +79,9 @@ class Queue:
 
         One that runs elsewhere with no worker at it is given to one, which stops it there. False when it had ended.
         """
-        return self.store.write(lambda db: bool(_cancel(db, "id = ?", (job_id,), reason, self.store.clock())))
+        return self.store.write(
+            lambda db: bool(cancel_within(db, "id = ?", (job_id,), reason, self.store.clock()))
+        )
 
     # -------------------------------------------------------------------------------------- doing work
 
@@ -274,108 +250,6 @@ _FENCE = "id = ? AND owner = ? AND attempt = ? AND state = 'running'"
 
 def _fence(lease: Lease) -> tuple[str, str, int]:
     return lease.job.id, lease.owner, lease.attempt
-
-
-def submit_within(
-    db: sqlite3.Connection, request: JobRequest, now: float, *, limit: int | None = None
-) -> Submission:
-    """Store a job in the caller's transaction.
-
-    Duplicate: a job for the same is open and wanted; or, for a push, was ever carried out and no other commit since,
-    so that a replayed webhook starts nothing, while a person may ask again; or the Hub was asked later than this
-    request's observation and named another commit. Open jobs for older commits of the same adapter and ref are
-    cancelled. An observation in the future tells that the clock was set back, and says nothing about order.
-    """
-    same = db.execute(
-        f"""
-        SELECT id FROM jobs AS same WHERE dedupe = ? AND (
-            (state IN ('queued', 'running') AND cancel IS NULL)
-            OR (? AND state NOT IN ('failed', 'queued', 'running') AND NOT EXISTS (
-                SELECT 1 FROM jobs AS later
-                WHERE {_SAME_ADAPTER} AND later.revision <> same.revision AND later.rowid > same.rowid)))
-        """,
-        (request.dedupe, request.source is Source.WEBHOOK, *_same_adapter(request)),
-    ).fetchone()
-    newer = (
-        same
-        or db.execute(
-            f"SELECT id FROM jobs WHERE {_SAME_ADAPTER} AND revision <> ? AND observed > ? AND observed <= ?",
-            (*_same_adapter(request), request.revision, request.observed, now),
-        ).fetchone()
-    )
-    if newer is not None:
-        return Duplicate(newer["id"])
-    if limit is not None and _open_jobs(db, request.requested_by) >= limit:
-        return OverLimit(limit)
-    replaced = _cancel(
-        db,
-        f"{_SAME_ADAPTER} AND revision <> ?",
-        (*_same_adapter(request), request.revision),
-        f"replaced by commit {request.revision[:12]}",
-        now,
-    )
-    job_id = secrets.token_hex(6)
-    reply = json.dumps([request.reply.repo_id, request.reply.number]) if request.reply else None
-    db.execute(
-        """
-        INSERT INTO jobs (id, kind, adapter, revision, ref, subfolder, target, options, source, requested_by, private,
-            reply, token, batch, observed, dedupe, priority, state, created, not_before)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?)
-        """,
-        (
-            job_id,
-            request.kind.value,
-            request.adapter,
-            request.revision,
-            request.ref,
-            request.subfolder,
-            request.target.lower(),
-            request.options.to_json(),
-            request.source.value,
-            request.requested_by,
-            int(request.private),
-            reply,
-            request.token,
-            request.batch,
-            request.observed,
-            request.dedupe,
-            PRIORITY[request.source],
-            now,
-            now,
-        ),
-    )
-    return Submitted(job_id, replaced)
-
-
-_SAME_ADAPTER = "kind = ? AND adapter = ? AND subfolder = ? AND ref = ? AND target = ?"
-
-
-def _same_adapter(request: JobRequest) -> tuple[str, ...]:
-    return request.kind.value, request.adapter, request.subfolder, request.ref, request.target.lower()
-
-
-def _open_jobs(db: sqlite3.Connection, user: str) -> int:
-    row = db.execute(
-        "SELECT count(*) FROM jobs WHERE requested_by = ? AND state IN ('queued', 'running')", (user,)
-    ).fetchone()
-    return int(row[0])
-
-
-def _cancel(
-    db: sqlite3.Connection, where: str, parameters: tuple[str, ...], reason: str, now: float
-) -> tuple[str, ...]:
-    """Cancel the open jobs that `where` (a constant) selects; their ids."""
-    ended = db.execute(
-        f"UPDATE jobs SET state = 'cancelled', cancel = ?, message = ?, finished = ?, token = NULL "
-        f"WHERE state = 'queued' AND remote IS NULL AND {where} RETURNING id",
-        (reason, reason, now, *parameters),
-    ).fetchall()
-    asked = db.execute(
-        f"UPDATE jobs SET cancel = coalesce(cancel, ?), not_before = min(not_before, ?) "
-        f"WHERE state IN ('queued', 'running') AND {where} RETURNING id",
-        (reason, now, *parameters),
-    ).fetchall()
-    return tuple(row["id"] for row in (*ended, *asked))
 
 
 def _end_cancelled(db: sqlite3.Connection, lease: Lease, now: float, *, remote_ended: bool) -> Hold | None:

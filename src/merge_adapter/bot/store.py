@@ -27,6 +27,7 @@ _GROUP = 256
 """Writes per commit at most, so that no caller waits for an endless transaction."""
 
 SCHEMA_VERSION = 2
+"""Of the tables; any other is refused."""
 _SCHEMA = """
 CREATE TABLE jobs (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, adapter TEXT NOT NULL, revision TEXT NOT NULL, ref TEXT NOT NULL,
@@ -55,16 +56,6 @@ CREATE TABLE sessions (
     id TEXT PRIMARY KEY, user TEXT NOT NULL, organisations TEXT NOT NULL, token BLOB NOT NULL, expires REAL NOT NULL
 ) STRICT;
 """
-_MIGRATIONS = {
-    1: (
-        "ALTER TABLE jobs ADD COLUMN round INTEGER NOT NULL DEFAULT 0",
-        "DROP INDEX jobs_running",
-        "CREATE INDEX jobs_open ON jobs (target) WHERE state IN ('queued', 'running')",
-        "UPDATE jobs SET target = lower(target)",
-        "DELETE FROM sessions",  # who may write was not kept: people log in again
-    )
-}
-"""What makes the next version of each earlier one."""
 
 
 class Store:
@@ -198,13 +189,12 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    statements = _SCHEMA.split(";\n") if version == 0 else _MIGRATIONS.get(version, ())
-    for statement in statements:
-        connection.execute(statement)
-    if statements:
+    if version == 0:
+        for statement in _SCHEMA.split(";\n"):
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
-    if not statements and version != SCHEMA_VERSION:
+    if version not in (0, SCHEMA_VERSION):
         connection.close()
         raise StorageError(
             f"{path} was written by another version of merge-adapter (schema {version}, expected {SCHEMA_VERSION})",

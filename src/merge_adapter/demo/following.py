@@ -58,7 +58,7 @@ def report_of(bot: RunningBot, job: Job) -> dict[str, Any] | None:
 def repeat(bot: RunningBot, job: Job) -> Job:
     """The same asked for by hand, once it has ended: a push counts only once, a person may ask again."""
     from merge_adapter.bot.jobs import Source
-    from merge_adapter.bot.queue import Submitted
+    from merge_adapter.bot.submission import Submitted
     from merge_adapter.types import Silent
 
     submission = bot.queue.submit(replace(job.request, source=Source.PAGE, requested_by="demo"))

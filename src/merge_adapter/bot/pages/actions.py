@@ -15,8 +15,8 @@ from merge_adapter.bot.pages.forms import Wish, read_wish
 from merge_adapter.bot.pages.login import Session, end_session, genuine, read_session
 from merge_adapter.bot.pages.preview import plan_of
 from merge_adapter.bot.pages.render import HEADERS, of_whom, page
-from merge_adapter.bot.queue import OverLimit
 from merge_adapter.bot.rows import find_job
+from merge_adapter.bot.submission import OverLimit
 from merge_adapter.errors import InputError, NotFoundError, PolicyError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.catalogue import adapter_folders
