@@ -279,7 +279,9 @@ def test_the_mean_of_all_rows_is_never_chosen(scale: float) -> None:
 # ------------------------------------------------------------------------------------------- what the gate sees
 
 
-@pytest.mark.parametrize("fault", ["order", "zeros", "strength", "base row", "other layer", "missing"])
+@pytest.mark.parametrize(
+    "fault", ["order", "zeros", "strength", "base row", "other layer", "missing", "all", "no rows"]
+)
 def test_wrong_weights_fail(fault: str, folded: Merged, copy: Path) -> None:
     """The prompt's rows are the prompt's, every other row the base's."""
     tensors = load_file(copy / "model.safetensors")
@@ -295,10 +297,22 @@ def test_wrong_weights_fail(fault: str, folded: Merged, copy: Path) -> None:
         table[7] += 0.01
     elif fault == "other layer":
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    elif fault == "all":
+        for tensor in tensors.values():
+            tensor += 1
+    elif fault == "no rows":
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:2048].clone()
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 2048}))
     else:
         table[2048] = table[5]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert _judge(folded, copy).verdict is Verdict.FAIL
+    verification = _judge(folded, copy)
+    assert verification.verdict is Verdict.FAIL
+    weights = verification.evidence["weights"]
+    assert weights["agreement"]["wrong"] > 0
+    assert sum(weights["agreement"].values()) == weights["tensors"]
 
 
 def test_output_rows_that_could_be_chosen_do_not_pass(folded: Merged, copy: Path) -> None:

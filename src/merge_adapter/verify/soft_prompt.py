@@ -178,6 +178,7 @@ class SoftPromptGate:
 
     def _weights(self, base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -> None:
         findings, count = judge_rows(base, merged, prompt, front)
+        wrong = len({finding.subject for finding in findings})
         self.findings += findings
         self.evidence["weights"] = {
             "verdict": str(verdict(findings)),
@@ -185,7 +186,7 @@ class SoftPromptGate:
             "updated": 2,
             "replaced": 0,
             "kept": count - 2,
-            "agreement": {"exact": count - len(findings), "wrong": len(findings)},
+            "agreement": {"exact": count - wrong, "wrong": wrong},
         }
 
     def _mutants(self, prompt: Tensor, storage: torch.dtype) -> None:
@@ -238,7 +239,7 @@ class SoftPromptGate:
             **part.evidence,
             "prompt_tokens": {
                 "count": len(front),
-                "limit": len(front) / arms.reference.shape[-1],
+                "limit": limit,
                 **merged.front,
             },
         }

@@ -27,7 +27,7 @@ _FAULTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def judge_rows(base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -> tuple[list[Finding], int]:
-    """What is wrong with the merged model's tensors, and how many there are.
+    """What is wrong with the tensors of either model, a tensor perhaps in several ways, and how many there are.
 
     `prompt` is (tokens, width) as the adapter holds it, `front` the ids of its tokens. Every row that the base has must
     be the base's, every new input row the prompt's, every new output row the mean of the others.
@@ -35,7 +35,8 @@ def judge_rows(base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -
     ours, theirs = base.state_dict(), merged.state_dict()
     table, head = _tables(merged)
     findings: list[Finding] = []
-    for name in sorted(set(ours) | set(theirs)):
+    names = sorted(set(ours) | set(theirs))
+    for name in names:
         if name not in ours or name not in theirs:
             findings.append(fault("weights", name, "is in one of base and merged model alone"))
         elif name in (table, head, head.replace(".weight", ".bias")):
@@ -45,13 +46,16 @@ def judge_rows(base: Any, merged: Any, prompt: Tensor, front: tuple[int, ...]) -
             theirs[name], ours[name].to(theirs[name].dtype)
         ):
             findings.append(fault("weights", name, "differs from the base"))
+    if max(front) >= min(len(theirs[table]), len(theirs[head])):
+        findings.append(fault("weights", table, "has no rows for the prompt's tokens"))
+        return findings, len(names)
     rows = theirs[table][list(front)]
     if not _holds(rows, prompt, measured_scale(base.get_input_embeddings())):
         findings.append(fault("weights", table, "its new rows are not the prompt rounded once"))
     if not _are_means(theirs[head], front):
         text = "its new rows are not the mean of the others: nothing shows that they are never the likeliest"
         findings.append(undecided("weights", head, text))
-    return findings, len(theirs)
+    return findings, len(names)
 
 
 def prompt_faults(prompt: Tensor, storage: torch.dtype) -> list[Outcome]:
