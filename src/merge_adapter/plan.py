@@ -218,13 +218,14 @@ def _plan_adapters(
             if len(sources.adapters) > 1 or adapter.weight != 1:
                 file = without_copies(file, base.specs)
             read, made = _plan_reading(sources, settings, file, base.specs)
-            if changed_base(checked.config):
-                with base.open() as weights, read.open() as factors:
-                    check_residual(checked, made.changes, weights, factors)
+            _check_changed(read, made, base)
             yield read, made, notes
         return
     checks = [_checked(adapter, sources) for adapter in sources.adapters]
     files = [without_copies(read_adapter(checked), base.specs) for checked, _ in checks]
+    for file in files:
+        if changed_base(file.adapter.config):
+            _check_changed(file, _plan_whole(sources, settings, file, base.specs), base)
     combined = combine(files, sources.combination)
     made = plan_adapter(sources, settings, combined.adapter, combined.specs, base.specs)
     account(combined.specs, made.changes)
@@ -235,6 +236,13 @@ def _checked(adapter: Adapter, sources: Resolved) -> tuple[Adapter, tuple[str, .
     """The adapter with a checked config, and notes on it; also on the base that it needs."""
     checked, notes = check_config(adapter)
     return checked, (*notes, *check_start(checked, sources.base))
+
+
+def _check_changed(file: AdapterFile, made: Planned, base: BaseFiles) -> None:
+    """Raise BaseModelError where the adapter needs a changed base, and `base` can be told to be the original."""
+    if changed_base(file.adapter.config):
+        with base.open() as weights, file.open() as factors:
+            check_residual(file.adapter, made.changes, weights, factors)
 
 
 def _consumed(file: AdapterFile | CombinedFile | CombinedVectors, made: Planned) -> int:

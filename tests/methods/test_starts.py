@@ -20,7 +20,16 @@ from merge_adapter.errors import BaseModelError, MethodError
 from merge_adapter.merge import merge
 from merge_adapter.methods.starts import changed_base
 from merge_adapter.plan import MergePlan, make_plan
-from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Verdict
+from merge_adapter.types import (
+    Adapter,
+    BaseModel,
+    Combination,
+    CombinationType,
+    MergeSettings,
+    Resolved,
+    Silent,
+    Verdict,
+)
 from merge_adapter.verify import verify
 from merge_adapter.verify.settings import VerifySettings
 
@@ -136,15 +145,30 @@ def test_a_copy_of_the_original_is_told_by_its_weights(
         made.plan(tmp_path / "copy")
 
 
+def twice(made: Started, base: Path, again: Path) -> Resolved:
+    """The adapter and a copy of it in `again`, each with half its weight."""
+    shutil.copytree(made.adapter, again)
+    found = made.sources(base)
+    half = replace(found.adapter, weight=0.5)
+    return replace(found, adapters=(half, replace(half, repository=Folder(again))))
+
+
+def test_a_combination_looks_at_the_base_as_well(started: Callable[..., Started], tmp_path: Path) -> None:
+    made = started("pissa")
+    shutil.copytree(made.named, tmp_path / "copy")
+    both = replace(
+        twice(made, made.changed, tmp_path / "again"), combination=Combination(CombinationType.CAT)
+    )
+    copied = replace(both, base=made.sources(tmp_path / "copy").base)
+    with quietly():
+        assert make_plan(both, MergeSettings()).steps
+        with pytest.raises(BaseModelError, match="still hold the components"):
+            make_plan(copied, MergeSettings())
+
+
 def test_two_adapters_of_one_changed_base(started: Callable[..., Started], tmp_path: Path) -> None:
     made = started("pissa")
-    shutil.copytree(made.adapter, tmp_path / "again")
-    config = json.loads((made.adapter / "adapter_config.json").read_text())
-    first = made.sources(made.changed)
-    half = replace(first.adapter, weight=0.5)
-    both = replace(
-        first, adapters=(half, replace(half, repository=Folder(tmp_path / "again"), config=config))
-    )
+    both = twice(made, made.changed, tmp_path / "again")
     (tmp_path / "out").mkdir()
     with quietly():
         plan = make_plan(both, MergeSettings())
