@@ -163,10 +163,9 @@ def run(
         request = _asking(request, sources, hub, progress)
         return run_within(disk_budget, sources, plan, request, publishing, hub=hub, progress=progress)
     with ExitStack() as stack:
-        if output is None:
+        place = output
+        if place is None:
             place = stack.enter_context(work_folder(job_name(sources))) / "merged"
-        else:
-            place = output
         request = _asking(request, sources, hub, progress)
         merged = _build(sources, plan, request, place, progress, publishing)
         publication = None
