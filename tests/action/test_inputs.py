@@ -143,10 +143,11 @@ def test_sizes(text: str, size: float) -> None:
         ({"combine_with": "a/b", "watch": "acme"}, "several others are named"),
         ({"adapter": "a/b, a/c", "combine_with": "a/d"}, "several others are named"),
         ({"adapter": "a/b", "combine_with": "a/c", "weights": "1"}, "has 1 numbers, expected 2"),
-        ({"weights": "a lot"}, "weights has 'a lot', expected a number"),
-        ({"density": "nan"}, "density has 'nan', expected a number"),
+        ({"weights": "a lot"}, "weights is 'a lot', expected a number"),
+        ({"density": "nan"}, "density is 'nan', expected a number"),
         ({"combination": "sum"}, "expected one of: sequential, "),
         ({"svd_rank": "-4"}, "expected a whole number"),
+        ({"seed": "9" * 5000}, "expected a whole number"),
         ({"soft_prompt": "yes"}, "expected one of: refuse, tokens"),
     ],
 )

@@ -6,7 +6,6 @@ passes the same by `env:`; a shell drops names that hold a hyphen, so an undersc
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from merge_adapter.errors import InputError
-from merge_adapter.sizes import parse_bytes
+from merge_adapter.sizes import parse_bytes, parse_number, parse_whole
 from merge_adapter.types import (
     Combination,
     CombinationType,
@@ -138,7 +137,9 @@ def read_inputs(
         base_revision=given.get("base-revision"),
         subfolder=given.get("subfolder", ""),
         combine_with=tuple(_lines(given, "combine-with")),
-        weights=tuple(_number(text, "weights") for text in _lines(given, "weights")),
+        weights=tuple(
+            parse_number(text, what="a line of the input weights") for text in _lines(given, "weights")
+        ),
         combination=_combination(given),
         path=given.get("path", "."),
         watch=given.get("watch"),
@@ -156,7 +157,7 @@ def read_inputs(
         soft_prompt=_choice(given, "soft-prompt", SoftPrompt.REFUSE),
         trust_remote_code=bool(_switch(given, "trust-remote-code", default=False)),
         verify=bool(_switch(given, "verify", default=True)),
-        probe_tokens=_probe_tokens(given),
+        probe_tokens=_whole(given, "probe-tokens", least=_FEWEST_PROBE_TOKENS),
         probes=Path(given["probes"]) if "probes" in given else None,
         dataset_probes=bool(_switch(given, "dataset-probes", default=True)),
         disk_budget=_disk_budget(given),
@@ -259,30 +260,11 @@ def _check_combined(inputs: Inputs) -> None:
 def _combination(given: Mapping[str, str]) -> Combination:
     return Combination(
         _choice(given, "combination", CombinationType.SEQUENTIAL),
-        _number(given["density"], "density") if "density" in given else None,
+        parse_number(given["density"], what="the input density") if "density" in given else None,
         _choice(given, "majority-sign", MajoritySign.TOTAL),
-        _whole(given, "svd-rank", None),
-        _whole(given, "seed", 0) or 0,
+        _whole(given, "svd-rank"),
+        _whole(given, "seed") or 0,
     )
-
-
-def _number(text: str, name: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"the input {name} has {text!r}, expected a number")
-    return number
-
-
-def _whole(given: Mapping[str, str], name: str, default: int | None) -> int | None:
-    value = given.get(name)
-    if value is None:
-        return default
-    if not value.isdecimal():
-        raise InputError(f"the input {name} is {value!r}, expected a whole number")
-    return int(value)
 
 
 def _lines(given: Mapping[str, str], name: str) -> list[str]:
@@ -327,15 +309,9 @@ def _owners(given: Mapping[str, str]) -> tuple[str, ...]:
     return patterns
 
 
-def _probe_tokens(given: Mapping[str, str]) -> int | None:
-    value = given.get("probe-tokens")
-    if value is None:
-        return None
-    if not value.isdecimal() or int(value) < _FEWEST_PROBE_TOKENS:
-        raise InputError(
-            f"the input probe-tokens is {value!r}, expected a whole number of at least {_FEWEST_PROBE_TOKENS}"
-        )
-    return int(value)
+def _whole(given: Mapping[str, str], name: str, *, least: int = 0) -> int | None:
+    value = given.get(name)
+    return parse_whole(value, what=f"the input {name}", least=least) if value is not None else None
 
 
 def _disk_budget(given: Mapping[str, str]) -> int | None:

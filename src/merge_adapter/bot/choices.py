@@ -6,7 +6,6 @@ shape, and folders of this machine can never be named.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from merge_adapter.bot.jobs import JobOptions
 from merge_adapter.errors import InputError
+from merge_adapter.sizes import parse_number, parse_whole
 from merge_adapter.types import CombinationType, DType, QuantizedBase, SoftPrompt, Strategy
 
 E = TypeVar("E", bound=StrEnum)
@@ -26,6 +26,7 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _MOST_ADAPTERS = 8
 """Beside the first: each is looked up before it is merged."""
+_LARGEST_RANK = 65_536
 _SUBFOLDER = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+){0,9}")
 
 
@@ -86,40 +87,28 @@ def _strategy(text: str) -> Strategy:
     return _member(text, Strategy, "strategy")
 
 
+def _several(text: str) -> list[str]:
+    """One a line, or with commas between them."""
+    return [part.strip() for part in re.split(r"[\n,]", text) if part.strip()]
+
+
 def _adapters(text: str) -> tuple[str, ...]:
-    """Ids, one a line or with commas between them, each with its revision if it has one. At most eight."""
-    found = tuple(reference(one, what="adapter") for one in re.split(r"[\n,]", text) if one.strip())
+    """Ids, each with its revision if it has one. At most eight."""
+    found = tuple(reference(one, what="adapter") for one in _several(text))
     if len(found) > _MOST_ADAPTERS:
         raise InputError(f"{len(found)} more adapters were named, {_MOST_ADAPTERS} at most")
     return tuple(f"{name}@{at}" if at else name for name, at in found)
 
 
 def _weights(text: str) -> tuple[float, ...]:
-    parts = [one.strip() for one in re.split(r"[\n,]", text) if one.strip()]
-    return tuple(_number(part, "a weight") for part in parts[: _MOST_ADAPTERS + 2])
-
-
-def _number(text: str, what: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{what} is {text[:20]!r}, expected a number")
-    return number
+    return tuple(parse_number(one, what="a weight") for one in _several(text)[: _MOST_ADAPTERS + 2])
 
 
 def _density(text: str) -> float:
-    number = _number(text, "density")
+    number = parse_number(text, what="density")
     if not 0 < number <= 1:
         raise InputError(f"density is {text[:20]!r}, expected a part between 0 and 1")
     return number
-
-
-def _rank(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text[:9]) <= 65_536:
-        raise InputError(f"svd-rank is {text[:20]!r}, expected a whole number")
-    return int(text)
 
 
 def _member(text: str, kind: type[E], name: str) -> E:
@@ -145,7 +134,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "weights": _weights,
     "combination": lambda text: _member(text, CombinationType, "combination"),
     "density": _density,
-    "svd_rank": _rank,
+    "svd_rank": lambda text: parse_whole(text, what="svd-rank", least=1, most=_LARGEST_RANK),
 }
 NAMES = tuple(_READERS)
 """Every option, by its name in `JobOptions`."""
