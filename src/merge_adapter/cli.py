@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -155,7 +154,7 @@ def verify(
     settings = gate.settings(dtype, device, trust_remote_code=trust_remote_code)
     sources, verification = verify_merged(
         merged,
-        combine.request(adapter, base, SoftPrompt.TOKENS),
+        combine.source_request(adapter, base, SoftPrompt.TOKENS),
         replace(settings, full_mutants=mutants),
         hub=_hub(),
         progress=_progress(show),
@@ -290,7 +289,7 @@ def _request(
         if gate is None
         else gate.settings(settings.dtype, device, trust_remote_code=settings.trust_remote_code)
     )
-    return MergeRequest(combine.request(adapters, base, how.soft_prompt), settings, looked, device)
+    return MergeRequest(combine.source_request(adapters, base, how.soft_prompt), settings, looked, device)
 
 
 def _show_outcome(outcome: RunOutcome, show: OutputOptions) -> None:
@@ -307,14 +306,14 @@ def _show_outcome(outcome: RunOutcome, show: OutputOptions) -> None:
 class _HubWhenAsked:
     """A Hub that is made when it is first asked for something: a merge of local folders never loads the client."""
 
-    @cached_property
-    def _hub(self) -> Hub:
-        from merge_adapter.hub import Hub
-
-        return Hub()
+    _made: Hub | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._hub, name)
+        if self._made is None:
+            from merge_adapter.hub import Hub
+
+            self._made = Hub()
+        return getattr(self._made, name)
 
 
 def _hub() -> Hub:

@@ -52,7 +52,9 @@ class CombineOptions:
     svd_rank: opt.SvdRank = None
     seed: opt.CombinationSeed = 0
 
-    def request(self, adapters: list[str], base: BaseOptions, soft_prompt: SoftPrompt) -> SourceRequest:
+    def source_request(
+        self, adapters: list[str], base: BaseOptions, soft_prompt: SoftPrompt
+    ) -> SourceRequest:
         """What the user named, for the pipeline."""
         from merge_adapter.resolve import SourceRequest
 
