@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from merge_adapter.domain.documents import columns_of, documents
 from merge_adapter.domain.records import FORMATS, format_of, read_records
 from merge_adapter.errors import HubError, MalformedError, MergeAdapterError, NotFoundError, PolicyError
+from merge_adapter.packaging.metadata import named_datasets
 from merge_adapter.types import Progress, Repository, Resolved
 from merge_adapter.verify.domain import Dataset
 from merge_adapter.verify.settings import VerifySettings
@@ -28,7 +29,6 @@ DOCUMENTS = 8
 DATASETS = 3
 """Data sets that are read; a card may name hundreds."""
 
-_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}")
 _LONGEST_PATH = 200
 """Characters; paths stand in reports."""
 _TRIES = 3
@@ -40,18 +40,6 @@ _TRAINING, _HELD_OUT = (
 _NO_DATA = re.compile(
     r"(^|/)(\.|readme|license|licence|requirements|dataset_infos|config|.*(metadata|schema)\.json)"
 )
-
-
-def named_datasets(sources: Resolved) -> tuple[str, ...]:
-    """The ids under `datasets` of the adapters' cards, each once, in their order."""
-    from merge_adapter.packaging.metadata import read_card
-
-    found: list[str] = []
-    for adapter in sources.adapters:
-        listed = read_card(adapter.repository).metadata.get("datasets")
-        entries = listed if isinstance(listed, list) else [listed]
-        found += [name for name in entries if isinstance(name, str) and _NAME.fullmatch(name)]
-    return tuple(dict.fromkeys(found))
 
 
 def with_domain(gate: VerifySettings, sources: Resolved, *, hub: Hub, progress: Progress) -> VerifySettings:

@@ -90,6 +90,11 @@ class Card:
         name = stated.name if _LICENSE_NAME.fullmatch(stated.name) else ""
         return Licence(stated.id, name, stated.link if _LINK.fullmatch(stated.link) else "")
 
+    @property
+    def datasets(self) -> list[str]:
+        """The ids of the data sets it names, each once; what is no id is passed over."""
+        return _matching(_REPO_ID, _listed(self.metadata.get("datasets")))
+
 
 def read_card(repository: Repository) -> Card:
     """The card of a source. One that is missing, too large or unreadable counts as empty: nobody needs it."""
@@ -104,6 +109,13 @@ def read_card(repository: Repository) -> Card:
     except (yaml.YAMLError, ValueError, RecursionError):
         parsed = None
     return Card(parsed if isinstance(parsed, dict) else {}, text)
+
+
+def named_datasets(sources: Resolved) -> tuple[str, ...]:
+    """The ids under `datasets` of the adapters' cards, each once, in their order."""
+    return tuple(
+        dict.fromkeys(name for one in sources.adapters for name in read_card(one.repository).datasets)
+    )
 
 
 def merged_licence(base: Card, adapter: Card, chosen: str | None) -> LicenceDecision:
@@ -130,7 +142,7 @@ def metadata(
         "pipeline_tag": _pipeline(config, adapter, base),
         "base_model": [base_id] if base_id else [],
         "base_model_relation": "finetune" if base_id else "",
-        "datasets": _matching(_REPO_ID, _listed(adapter.metadata.get("datasets"))),
+        "datasets": adapter.datasets,
         "tags": _tags(adapter, base, sentence=sentence),
     }
     return {name: value for name, value in fields.items() if value}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
-from merge_adapter.packaging.metadata import read_card
+from merge_adapter.packaging.metadata import named_datasets, read_card
 from merge_adapter.types import Adapter, Resolved
 from merge_adapter.verify.findings import Finding, note, warning
 
@@ -51,23 +51,15 @@ def _carded(adapter: Adapter, sources: Resolved) -> Iterator[Finding]:
 
 def untried_domain(sources: Resolved) -> Iterator[Finding]:
     """The data sets that the adapters' cards name: they are not downloaded, and that is said."""
-    named: list[str] = []
-    for adapter in sources.adapters:
-        listed = read_card(adapter.repository).metadata.get("datasets")
-        named += [name for name in (listed if isinstance(listed, list) else [listed]) if _is_name(name)]
+    named = named_datasets(sources)
     if named:
-        text = (
-            f"the card names {', '.join(dict.fromkeys(named[:3]))} as training data, which is not downloaded"
-        )
+        text = f"the card names {', '.join(named[:3])} as training data, which is not downloaded"
         yield note("outputs", "probes", f"{text}: --probes FILE puts documents of that domain to the models")
 
 
-def _is_name(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", value) is not None
-
-
 def _is_id(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+    """Bounded: what a card names stands in reports."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", value) is not None
 
 
 def judge_effect(effects: Sequence[float]) -> Iterator[Finding]:
