@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_adapter.verify.oracle import Computed, Dora, LowRank, Replaced, Update
+from merge_adapter.verify.oracle import Computed, Dora, LowRank, Merges, Replaced, Update
 from merge_adapter.verify.rounding import rounded
 from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.screen import screen
@@ -42,7 +42,7 @@ def computed(dtype: torch.dtype) -> Computed:
     plain = low_rank(dtype)
     target = plain.target_rows(0, 130, torch.float64)
     native = plain.base + (target - plain.base.double()).to(dtype)
-    return Computed(plain.base, target, native, target.float())
+    return Computed(plain.base, lambda: Merges(target, native, target.float()))
 
 
 def replaced(dtype: torch.dtype) -> Replaced:

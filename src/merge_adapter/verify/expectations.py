@@ -6,9 +6,9 @@ adapter file. Names are those of the merged model in memory.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from merge_adapter.errors import MethodError
 from merge_adapter.types import CombinationType, Resolved
 from merge_adapter.verify.loading import PREFIX, AdapterFile, inner
-from merge_adapter.verify.oracle import Computed, Dora, LowRank, Replaced, Update
+from merge_adapter.verify.merges import WIDEST, OwnMerge, layer_state, plain_layer
+from merge_adapter.verify.oracle import Computed, Dora, LowRank, Merges, Replaced, Update
 from merge_adapter.verify.recipe import Recipe, recipe
 from merge_adapter.verify.weighted import COMBINED
+
+ROOM = 1 << 28
+"""Bytes of what PEFT's layers were merged to that are kept; the rest is made again each time it is compared."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Expectations:
     """Keys of the raw adapter files that the closed forms used."""
     disagreements: list[str] = field(default_factory=list)
     """Where PEFT's layer and the raw config differ."""
+    room: int = field(default_factory=lambda: ROOM)
+    """Bytes of PEFT's merges that may yet be kept."""
 
 
 def expectations(
@@ -284,22 +290,24 @@ def _bias_update(name: str, bias: Tensor, sources: Resolved, files: tuple[Adapte
     return LowRank(bias.detach(), total[:, None], torch.ones(1, 1, dtype=torch.float64))
 
 
+def _kept(made: Merges) -> Merges:
+    return made
+
+
 def _computed(found: Expectations, name: str, module: Any) -> None:
     """What PEFT's own merge makes of a copy of one module, in fp64 where the method allows, else in fp32."""
-    base = _plain_layer(module)
-    double = _merged_copy(module, torch.float64)
-    single = _merged_copy(module, torch.float32)
-    if double is None and single is None:
+    own = OwnMerge(module)
+    truth = own.exact()
+    if truth is None:
         raise MethodError(
             f"PEFT has no merge for {name} ({type(module).__module__}.{type(module).__name__})",
             hint="Serve this adapter unmerged; it cannot be folded into plain weights.",
         )
-    truth = double if double is not None else single
-    assert truth is not None
-    native = _merged_copy(module, None)
-    label = f"PEFT's own {type(module).__module__.split('.')[2]} layer, {'fp64' if double is not None else 'fp32'}"
+    digits = "fp64" if own.dtype == torch.float64 else "fp32"
+    label = f"PEFT's own {type(module).__module__.split('.')[2]} layer, {digits}"
     # torch's MultiheadAttention has a layer of PEFT inside, which the merge takes out
-    originals = {k.replace("base_layer.", ""): v.detach() for k, v in _state(base).items()}
+    base = layer_state(plain_layer(module))
+    originals = {k.replace("base_layer.", ""): v.detach() for k, v in base.items()}
     for leaf, target in truth.items():
         original = originals.get(leaf)
         full = f"{name}.{leaf}" if name else leaf
@@ -309,43 +317,12 @@ def _computed(found: Expectations, name: str, module: Any) -> None:
         if torch.equal(target, original.to(target.dtype)):
             found.plain[full] = original
             continue
-        found.updates[full] = Computed(
-            original,
-            target,
-            native.get(leaf) if native else None,
-            single.get(leaf) if single and double is not None else None,
-            form=label,
-        )
+        size = target.numel() * (WIDEST + original.element_size())
+        if size <= found.room:
+            found.room -= size
+            made = own.merges(leaf, target)
+            found.updates[full] = Computed(original, partial(_kept, made), form=label)
+        else:
+            found.updates[full] = Computed(original, partial(own.merges, leaf), form=label)
         if leaf == "weight":
             found.layers[full] = module
-
-
-def _plain_layer(module: Any) -> nn.Module:
-    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module.base_layer
-    assert isinstance(layer, nn.Module)
-    return layer
-
-
-def _state(layer: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in layer.state_dict().items() if isinstance(v, Tensor)}
-
-
-def _merged_copy(module: Any, dtype: torch.dtype | None) -> Mapping[str, Tensor] | None:
-    """The plain layer's tensors after PEFT's merge on a copy in `dtype` (its own when None); None when it refuses."""
-    twin = copy.deepcopy(module)
-    if dtype is not None:
-        twin = twin.to(dtype)
-    twin.eval()
-    try:
-        with torch.no_grad():
-            if hasattr(twin, "unload_and_optionally_merge_module"):
-                layer = twin.unload_and_optionally_merge_module(
-                    merge=True, safe_merge=False, adapter_names=None
-                )
-            else:
-                twin.merge(safe_merge=False)
-                layer = _plain_layer(twin)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
-        # each method refuses what it cannot do in its own way; the caller decides what that means
-        return None
-    return {key: value.detach() for key, value in _state(layer).items()}

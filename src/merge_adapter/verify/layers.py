@@ -76,6 +76,7 @@ def judge_layers(
         finally:
             release(held[name])
             release(update.base)
+            update.forget()
 
     found: list[LayerEvidence] = []
     with progress.task("Running layers", len(names), unit="layers") as task, workers() as pool:

@@ -228,6 +228,8 @@ def run_mutants(
     ]
     with workers() as pool:
         found = list(pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage, seed), pairs))
+    for name in {name for _, name in pairs}:
+        updates[name].forget()
     outcomes = {mutant: Outcome(str(mutant), mutant) for mutant, _ in pairs}
     for (mutant, name), (in_weights, in_modules) in zip(pairs, found, strict=True):
         outcome = outcomes[mutant]

@@ -18,8 +18,10 @@ lie from the truth (`single`), and what single elements are (`points`).
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -87,7 +89,7 @@ class Update(ABC):
 
     def forget(self) -> None:
         """Let go of what was computed once for all rows; it is computed again when they are asked for again."""
-        for name in ("_narrow", "_narrow_right_size", "_norms", "_spread"):
+        for name in ("_narrow", "_narrow_right_size", "_norms"):
             self.__dict__.pop(name, None)
 
     @abstractmethod
@@ -290,37 +292,64 @@ class Dora(LowRank):
         return factor.abs() * (own + (math.sqrt(inputs) + 3) * UNIT32 * plain.abs())
 
 
-@dataclass
-class Computed(Update):
-    """What PEFT's own layer made of a copy: `target` in fp64 or fp32, `native` in the stored dtype."""
+@dataclass(frozen=True)
+class Merges:
+    """One tensor as PEFT's own layer merges it."""
 
-    base: Tensor
     target: Tensor
+    """In fp64, or in fp32 where the method refuses that."""
     native: Tensor | None
     """The same merge done in the stored dtype; its distance from `target` is the named allowance."""
-    single_merge: Tensor | None
+    single: Tensor | None
     """The same merge done in fp32; its distance from `target` bounds the method's own fp32 arithmetic."""
+
+
+_making = threading.Lock()
+"""Merges are made one at a time: each takes several times its module's size."""
+
+
+@dataclass
+class Computed(Update):
+    """What PEFT's own layer makes of copies: seven times a 16-bit tensor, so made when asked for, then forgotten."""
+
+    base: Tensor
+    make: Callable[[], Merges]
     form: str = "PEFT's own layer"
+    _made: Merges | None = field(default=None, init=False, repr=False)
+
+    @property
+    def merges(self) -> Merges:
+        """The tensor in all dtypes, held until `forget`."""
+        with _making:
+            made = self._made if self._made is not None else self.make()
+            self._made = made
+            return made
+
+    def forget(self) -> None:
+        super().forget()
+        self._made = None
 
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return as_matrix(self.target)[start:stop].to(dtype)
+        return as_matrix(self.merges.target)[start:stop].to(dtype)
 
     def product_error(self, start: int, stop: int) -> Tensor:
+        single = self.merges.single
         target = self.target_rows(start, stop, torch.float64)
-        single = None if self.single_merge is None else as_matrix(self.single_merge)[start:stop].double()
-        return self._product_error(target, single)
+        return self._product_error(target, None if single is None else as_matrix(single)[start:stop].double())
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - fixed by `native`
+        native = self.merges.native
         target = self.target_rows(start, stop, torch.float64)
-        if self.native is None:
+        if native is None:
             return torch.zeros_like(target)
-        return (as_matrix(self.native)[start:stop].double() - target).abs()
+        return (as_matrix(native)[start:stop].double() - target).abs()
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002
-        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, self.target))
+        made = self.merges
+        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, made.target))
         single, native = (
             None if each is None else as_matrix(each)[rows, columns].double()
-            for each in (self.single_merge, self.native)
+            for each in (made.single, made.native)
         )
         cast = torch.zeros_like(target) if native is None else (native - target).abs()
         return Points(base, target, self._product_error(target, single), cast)
@@ -333,8 +362,9 @@ class Computed(Update):
     @cached_property
     def _spread(self) -> float:
         """The mean distance of the fp32 merge from the exact one over the whole tensor."""
-        assert self.single_merge is not None
-        left, right = as_matrix(self.single_merge), as_matrix(self.target)
+        made = self.merges
+        assert made.single is not None
+        left, right = as_matrix(made.single), as_matrix(made.target)
         step = max(1, (1 << 17) // max(1, left.shape[1]))
         total = 0.0
         for start in range(0, left.shape[0], step):
