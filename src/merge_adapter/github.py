@@ -299,7 +299,7 @@ def _download(url: str, name: str, limit: int) -> bytes:
 
     with requests.get(url, timeout=_TIMEOUT, stream=True) as answer:
         answer.raise_for_status()
-        content = b""
+        content = bytearray()
         for chunk in answer.iter_content(1 << 16):
             content += chunk
             if len(content) > limit:
@@ -307,7 +307,7 @@ def _download(url: str, name: str, limit: int) -> bytes:
                     f"the artifact {name} has more than {limit:,} bytes",
                     hint="Keep only the outputs and reports of merge-adapter in it; see docs/examples/dispatch.yml.",
                 )
-    return content
+    return bytes(content)
 
 
 def _workflow_run(run: Any) -> WorkflowRun:

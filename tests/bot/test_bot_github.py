@@ -197,6 +197,9 @@ def test_a_merge_is_dispatched_with_its_options_and_its_verdict_read_back(
     with zipfile.ZipFile(io.BytesIO(workflow.archive)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     (entry,) = json.loads(files["results.json"])
+    assert entry["subfolder"] == "lora"
+    elsewhere = artifact.read_result(workflow.archive, replace(job.request, subfolder="other"))
+    assert elsewhere is not None and elsewhere.report is None, "the report is of another folder"
     report["verification"] |= {"verdict": "fail", "reasons": ["tensors differ"]}
     files["results.json"] = json.dumps([{**entry, "verdict": "fail", "exit-code": 4}]).encode()
     files[entry["report"]] = json.dumps(report).encode()

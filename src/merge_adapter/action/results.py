@@ -103,7 +103,7 @@ def entry(result: Result) -> dict[str, Any]:
     """One adapter in the output `results`."""
     base = {
         "adapter": result.candidate.reference,
-        "subfolder": result.candidate.subfolder,
+        "subfolder": _subfolder(result),
         "verdict": result.outcome,
         "exit-code": int(result.exit_code),
     }
@@ -123,6 +123,12 @@ def entry(result: Result) -> dict[str, Any]:
         "report": str(result.report_file) if result.report_file else None,
         "reasons": list(result.reasons),
     }
+
+
+def _subfolder(result: Result) -> str:
+    """Where the adapter lies in its repository; of one that was not merged only what was found, not what was named."""
+    merged = result.report["adapter"].get("subfolder") if isinstance(result, Finished) else None
+    return str(merged or result.candidate.subfolder)
 
 
 def _text(value: object) -> str:

@@ -81,10 +81,11 @@ def _entry(results: Any, request: JobRequest) -> Mapping[str, Any] | None:
 
 
 def _fits(report: Any, request: JobRequest) -> bool:
-    """Whether it is a report, and of the adapter and commit that were dispatched."""
+    """Whether it is a report, and of the adapter, folder and commit that were dispatched."""
     try:
         document.validate(report, place=_RESULTS)
     except InputError:
         return False
     adapter = report["adapter"]
-    return (adapter.get("id"), adapter.get("revision")) == (request.adapter, request.revision)
+    found = (adapter["id"], adapter["revision"], adapter.get("subfolder", ""))
+    return found == (request.adapter, request.revision, request.subfolder)
