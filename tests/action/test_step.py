@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 
 from merge_adapter.action.candidates import Candidate, find_candidates
 from merge_adapter.action.events import Named, Trigger
@@ -224,7 +224,10 @@ def test_a_fork_cannot_borrow_any_identity(
 
 
 def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str], ada: HfApi) -> None:
-    """In the collection's order, each folder with an adapter where none is at the root; other models are left out."""
+    """In the collection's order, each folder with an adapter where none is at the root; other models are left out.
+
+    One that cannot be looked into stops none: its own merge will tell why.
+    """
     for name, file in (
         ("ada/shelf-adapter", "adapter_config.json"),
         ("ada/shelf-adapter", "checkpoint-5/adapter_config.json"),
@@ -235,8 +238,13 @@ def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str]
         ada.create_repo(name, exist_ok=True)
         ada.upload_file(path_or_fileobj=b"{}", path_in_repo=file, repo_id=name)
     collection = ada.create_collection("Best adapters", namespace="ada")
-    for name in ("ada/shelf-model", "ada/shelf-several", "ada/shelf-adapter"):
+    ada.create_repo("ada/shelf-closed", exist_ok=True)
+    for name in ("ada/shelf-model", "ada/shelf-closed", "ada/shelf-several", "ada/shelf-adapter"):
         ada.add_collection_item(collection.slug, name, "model")
+    address = f"{hub.url}/api/models/ada/shelf-closed/settings"
+    get_session().put(
+        address, json={"disabled": True}, headers={"Authorization": f"Bearer {tokens['ada']}"}
+    ).raise_for_status()
     found = find_candidates(
         Inputs(watch=collection.slug),
         Trigger("schedule", Named(), scheduled=True),
@@ -245,12 +253,18 @@ def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str]
         github=None,
     )
     assert found == (
+        Candidate("ada/shelf-closed", hub_only=True),
         Candidate("ada/shelf-several", hub_only=True, subfolder="a"),
         Candidate("ada/shelf-several", hub_only=True, subfolder="b/c"),
         Candidate("ada/shelf-adapter", hub_only=True),
     )
-    assert [one.name for one in found] == ["shelf-several-a", "shelf-several-b-c", "shelf-adapter"]
-    assert len({one.slug for one in found}) == 3
+    assert [one.name for one in found] == [
+        "shelf-closed",
+        "shelf-several-a",
+        "shelf-several-b-c",
+        "shelf-adapter",
+    ]
+    assert len({one.slug for one in found}) == 4
 
 
 def test_a_pull_request_gets_a_comment_and_a_status_where_checks_are_closed(

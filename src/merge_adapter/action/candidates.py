@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ from merge_adapter.action.changes import adapter_folders, changed_adapters, insi
 from merge_adapter.action.events import Changed, Everything, Named, Nothing, Trigger
 from merge_adapter.action.inputs import Inputs
 from merge_adapter.action.runner import Runner
-from merge_adapter.errors import InputError, MalformedError, PolicyError
+from merge_adapter.errors import InputError, MalformedError, MergeAdapterError, PolicyError
 from merge_adapter.resolve import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _reference(folder: PurePosixPath) -> str:
 
 def _watched(watch: str, hub: Hub) -> tuple[Candidate, ...] | Nothing:
     """The adapters of an author, or of a collection (`owner/title-hash`): in each repository every folder with one."""
-    from merge_adapter.hub.catalogue import adapter_folders, adapters_of, models_in_collection
+    from merge_adapter.hub.catalogue import adapters_of, models_in_collection
 
     if not _AUTHOR_OR_COLLECTION.fullmatch(watch) or ".." in watch:
         raise InputError(
@@ -161,12 +161,20 @@ def _watched(watch: str, hub: Hub) -> tuple[Candidate, ...] | Nothing:
             hint="Write an author as `owner`, a collection as its address has it: `owner/title-hash`.",
         )
     models = models_in_collection(hub, watch) if "/" in watch else adapters_of(hub, watch)
-    found = tuple(
-        Candidate(model, hub_only=True, subfolder=folder)
-        for model in models
-        for folder in adapter_folders(hub.open(model).files)
-    )
+    found = tuple(candidate for model in models for candidate in _of_repository(model, hub))
     return found or Nothing(f"{watch} has no adapters on the Hub.")
+
+
+def _of_repository(model: str, hub: Hub) -> Iterator[Candidate]:
+    """Each of its adapters. One that cannot be opened is one, too: its own merge tells why, the others go on."""
+    from merge_adapter.hub import catalogue
+
+    try:
+        folders = catalogue.adapter_folders(hub.open(model).files)
+    except MergeAdapterError:
+        folders = ("",)
+    for folder in folders:
+        yield Candidate(model, hub_only=True, subfolder=folder)
 
 
 def _unique(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
