@@ -18,6 +18,7 @@ from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
 from merge_adapter.methods.combine import CombinedFile, combine, without_copies
 from merge_adapter.methods.combine_vectors import CombinedVectors
+from merge_adapter.methods.combined import Together
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
 from merge_adapter.methods.replication import layer_sources, with_replicas
@@ -28,6 +29,9 @@ from merge_adapter.types import Adapter, CombinationType, MergeSettings, Resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+AnyFile = AdapterFile | CombinedFile | CombinedVectors
+"""Where a plan's adapters come from: one adapter's file, or several shown as one."""
 
 _STREAMED = "every change can be made tensor by tensor from the files"
 _BLOCKS = 6
@@ -83,7 +87,7 @@ class MergePlan:
     index_metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Edits of config.json; None removes the key."""
-    adapters: tuple[AdapterFile | CombinedFile | CombinedVectors, ...] = field(default=(), repr=False)
+    adapters: tuple[AnyFile, ...] = field(default=(), repr=False)
     """The adapters' files, with the names that the steps use."""
     notes: tuple[str, ...] = ()
     view: BaseFiles | None = field(default=None, repr=False)
@@ -159,7 +163,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
     layout, base = files_of_base.layout, files_of_base.specs
     notes = list(files_of_base.notes)
     config_changes = dict(files_of_base.config_changes)
-    files: list[AdapterFile | CombinedFile | CombinedVectors] = []
+    files: list[AnyFile] = []
     planned: list[Planned] = []
     for file, made, about_config in _plan_adapters(sources, settings, files_of_base):
         files.append(file)
@@ -196,7 +200,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
         memory_bytes=_memory(steps)
         + (2 * layout.bytes if loaded else 0)
         + max(
-            (file.memory_bytes for file in files if isinstance(file, CombinedFile | CombinedVectors)),
+            (file.memory_bytes for file in files if isinstance(file, Together)),
             default=0,
         ),
         disk_bytes=total,
@@ -209,7 +213,7 @@ def _plan_on(files_of_base: BaseFiles, sources: Resolved, settings: MergeSetting
 
 def _plan_adapters(
     sources: Resolved, settings: MergeSettings, base: BaseFiles
-) -> Iterator[tuple[AdapterFile | CombinedFile | CombinedVectors, Planned, tuple[str, ...]]]:
+) -> Iterator[tuple[AnyFile, Planned, tuple[str, ...]]]:
     """Each adapter's file, what it does, and notes on its config; of combined adapters the one they make together."""
     if sources.combination.type is CombinationType.SEQUENTIAL:
         for adapter in sources.adapters:
@@ -245,9 +249,9 @@ def _check_changed(file: AdapterFile, made: Planned, base: BaseFiles) -> None:
             check_residual(file.adapter, made.changes, weights, factors)
 
 
-def _consumed(file: AdapterFile | CombinedFile | CombinedVectors, made: Planned) -> int:
+def _consumed(file: AnyFile, made: Planned) -> int:
     """Tensors used: all of a combination's, once every combined one is, which accounting has made sure of."""
-    if isinstance(file, CombinedFile | CombinedVectors):
+    if isinstance(file, Together):
         return file.tensors
     return sum(len(change.consumes) for change in made.changes)
 
@@ -278,9 +282,7 @@ def _plan_whole(
     return made
 
 
-def _joined(
-    steps: tuple[Step, ...], files: Sequence[AdapterFile | CombinedFile | CombinedVectors]
-) -> tuple[Step, ...]:
+def _joined(steps: tuple[Step, ...], files: Sequence[AnyFile]) -> tuple[Step, ...]:
     """The steps with module changes of the same tensors by several adapters made one; that they may be is checked."""
     together: dict[tuple[TensorSpec, ...] | int, list[Step]] = {}
     for number, step in enumerate(steps):

@@ -180,3 +180,42 @@ def test_what_has_no_meaning_is_refused(vectors: Callable[..., Vectors]) -> None
     saved = vectors(NARROW, {**WIDE, "modules_to_save": ["lm_head"]})
     with pytest.raises(MethodError, match="trained whole"):
         saved.plan(LINEAR)
+
+
+RESNET = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}
+CONV = "resnet.encoder.stages.1.layers.0.layer.1.convolution"
+"""As many channels out as in, so that its vector's shape is the same on either side."""
+
+
+@pytest.mark.parametrize("inputs", [[], ["layer.1.convolution"]], ids=["outputs", "inputs"])
+def test_a_square_convolution_is_scaled_on_its_own_side(inputs: list[str], tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    torch.manual_seed(1)
+    base, auto = tmp_path / "base", transformers.AutoModelForImageClassification
+    folders = [tmp_path / "one", tmp_path / "two"]
+    with quietly(), torch.no_grad():
+        auto.from_config(transformers.ResNetConfig(**RESNET)).save_pretrained(base)
+        for folder in folders:
+            config = peft.IA3Config(target_modules=["layer.1.convolution"], feedforward_modules=inputs)
+            model = peft.get_peft_model(auto.from_pretrained(base), config)
+            for name, parameter in model.named_parameters():
+                if "ia3_" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+            model.save_pretrained(folder)
+    made = Vectors(base, tuple(folders))
+    found = made.merge(tmp_path / "out", LINEAR, WEIGHTS)[f"{CONV}.weight"]
+    stored = load_file(base / "model.safetensors")[f"{CONV}.weight"]
+    one, two = (
+        load_file(folder / "adapter_model.safetensors")[f"base_model.model.{CONV}.ia3_l"]
+        for folder in folders
+    )
+    vector = (0.7 * one + 0.6 * two).flatten()
+    expected = stored * (vector[None, :, None, None] if inputs else vector[:, None, None, None])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    path = folders[1] / "adapter_config.json"
+    other = [] if inputs else ["layer.1.convolution"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"feedforward_modules": other}))
+    with pytest.raises(MethodError, match="for one adapter and none for another"):
+        made.plan(LINEAR, WEIGHTS)

@@ -16,9 +16,10 @@ from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX, AdapterFile
 from merge_adapter.methods.change import TensorSpec
 from merge_adapter.methods.combine_vectors import CombinedVectors, combine_vectors
+from merge_adapter.methods.combined import Together
 from merge_adapter.methods.lora import Factors, scale_of, sort_tensors
 from merge_adapter.methods.patterns import check_patterns
-from merge_adapter.types import Adapter, Combination, CombinationType
+from merge_adapter.types import Combination, CombinationType
 
 if TYPE_CHECKING:
     from merge_adapter.methods.combined_weights import CombinedWeights
@@ -80,30 +81,16 @@ class CombinedModule:
 
 
 @dataclass(frozen=True)
-class CombinedFile:
-    """Several adapters as one. Answers like an AdapterFile."""
+class CombinedFile(Together):
+    """Several LoRA adapters as one. Answers like an AdapterFile."""
 
-    adapter: Adapter
-    """Of weight 1, its config that of PEFT's weighted adapter."""
-    files: tuple[AdapterFile, ...]
     combination: Combination
     modules: tuple[CombinedModule, ...]
-    notes: tuple[str, ...] = ()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The combined tensors, under repaired names."""
         return {spec.name: spec for module in self.modules for spec in (module.a, module.b)}
-
-    @property
-    def bytes(self) -> int:
-        """Of all the adapters."""
-        return sum(file.bytes for file in self.files)
-
-    @property
-    def tensors(self) -> int:
-        """Of all the adapters."""
-        return sum(file.tensors for file in self.files)
 
     @property
     def memory_bytes(self) -> int:
@@ -167,7 +154,6 @@ def combine(files: Sequence[AdapterFile], combination: Combination) -> CombinedF
         files=tuple(files),
         combination=combination,
         modules=modules,
-        notes=tuple(note for file in files for note in file.notes),
     )
 
 

@@ -6,16 +6,17 @@ As `combine` does for LoRA, the adapters are shown to the rest of the merge as t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import MethodError, ShapeError
 from merge_adapter.methods.adapter_file import PREFIX, AdapterFile
-from merge_adapter.methods.change import TensorSpec, Weights
-from merge_adapter.types import Adapter, Combination, CombinationType
+from merge_adapter.methods.change import TensorSpec
+from merge_adapter.methods.combined import OpenedTogether, Together
+from merge_adapter.methods.patterns import check_patterns
+from merge_adapter.types import Combination, CombinationType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,51 +26,34 @@ _ONE_BY_ONE = "Leave out --combination: the adapters are then merged one after t
 
 
 @dataclass(frozen=True)
-class CombinedVectors:
+class CombinedVectors(Together):
     """Several IA3 adapters as one. Answers like an AdapterFile."""
 
-    adapter: Adapter
-    """Of weight 1, its config that of PEFT's weighted adapter."""
-    files: tuple[AdapterFile, ...]
     parts: Mapping[str, tuple[int, ...]]
     """Tensor -> the adapters that have it, counted from 0."""
     specs: Mapping[str, TensorSpec]
-    """The combined vectors, `[out, 1]`, or `[1, in]` of a feed-forward module."""
-    notes: tuple[str, ...] = ()
-    memory_bytes: int = 0
-    """Vectors take next to nothing."""
+    """The combined vectors: `[out, 1]`, or `[1, in]` of a feed-forward module; of a convolution `[1, …, 1, 1]` both."""
 
     @property
-    def bytes(self) -> int:
-        """Of all the adapters."""
-        return sum(file.bytes for file in self.files)
-
-    @property
-    def tensors(self) -> int:
-        """Of all the adapters."""
-        return sum(file.tensors for file in self.files)
+    def memory_bytes(self) -> int:
+        """Vectors take next to nothing."""
+        return 0
 
     def open(self) -> SummedVectors:
         """The combined vectors, computed as they are read."""
         return SummedVectors(self)
 
 
-class SummedVectors(Weights):
+class SummedVectors(OpenedTogether):
     """The tensors of a CombinedVectors, summed in float32 in the order of the adapters, as PEFT does."""
 
     def __init__(self, file: CombinedVectors) -> None:
+        super().__init__(file.files)
         self._file = file
-        self._stack = ExitStack()
-        self._stored = [self._stack.enter_context(part.open()) for part in file.files]
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._file.specs
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the adapters' tensor data read so far."""
-        return sum(stored.bytes_read for stored in self._stored)
 
     def read(self, name: str) -> Tensor:
         import torch
@@ -78,17 +62,6 @@ class SummedVectors(Weights):
         for number in self._file.parts[name]:
             total += self._stored[number].read(name).float() * self._file.files[number].adapter.weight
         return total
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
 
 def combine_vectors(files: Sequence[AdapterFile], combination: Combination) -> CombinedVectors:
@@ -119,11 +92,13 @@ def combine_vectors(files: Sequence[AdapterFile], combination: Combination) -> C
                     hint="They were trained on different bases or scale different sides, and cannot be combined.",
                 )
             parts[name] = (*parts.get(name, ()), number)
-    paths = {name.removeprefix(PREFIX).removesuffix(_VECTOR): spec for name, spec in specs.items()}
+    paths = {name.removeprefix(PREFIX).removesuffix(_VECTOR): held for name, held in parts.items()}
+    for file in files:
+        check_patterns(file.adapter.config, paths)
     config = {
         **files[0].adapter.config,
         "target_modules": list(paths),
-        "feedforward_modules": [path for path, spec in paths.items() if spec.shape[0] == 1],
+        "feedforward_modules": [path for path, held in paths.items() if _scales_inputs(path, held, files)],
         "exclude_modules": None,
     }
     return CombinedVectors(
@@ -131,5 +106,27 @@ def combine_vectors(files: Sequence[AdapterFile], combination: Combination) -> C
         files=tuple(files),
         parts=parts,
         specs=specs,
-        notes=tuple(note for file in files for note in file.notes),
     )
+
+
+def _scales_inputs(path: str, held: Sequence[int], files: Sequence[AdapterFile]) -> bool:
+    """Whether the vectors of a module multiply what goes into it. A convolution's shape does not tell.
+
+    Raises MethodError where the adapters disagree: PEFT would go by the first one's config.
+    """
+    said = {_is_feedforward(path, files[number].adapter.config) for number in held}
+    if len(said) > 1:
+        raise MethodError(
+            f"{path} is a feed-forward module for one adapter and none for another: their vectors scale different"
+            " sides and have no sum.",
+            hint=_ONE_BY_ONE,
+        )
+    return said.pop()
+
+
+def _is_feedforward(path: str, config: Mapping[str, Any]) -> bool:
+    """PEFT's own rule, of `IA3Model`."""
+    given = config.get("feedforward_modules") or ()
+    if isinstance(given, str):
+        return re.fullmatch(given, path) is not None
+    return isinstance(given, list) and any(path.endswith(str(end)) for end in given)

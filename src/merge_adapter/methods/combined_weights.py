@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from merge_adapter.methods.change import TensorSpec, Weights
+from merge_adapter.methods.change import TensorSpec
+from merge_adapter.methods.combined import OpenedTogether
 from merge_adapter.types import Combination, CombinationType
 
 if TYPE_CHECKING:
@@ -36,13 +37,12 @@ class Mixture(Protocol):
     def __call__(self, tensors: list[Tensor], weights: Tensor, /) -> Tensor: ...
 
 
-class CombinedWeights(Weights):
+class CombinedWeights(OpenedTogether):
     """The tensors of a CombinedFile. The partner of a factor is kept until it is read too."""
 
     def __init__(self, file: CombinedFile) -> None:
+        super().__init__(file.files)
         self._file = file
-        self._stack = ExitStack()
-        self._stored = [self._stack.enter_context(part.open()) for part in file.files]
         self._homes = {spec.name: module for module in file.modules for spec in (module.a, module.b)}
         self._waiting: dict[str, Tensor] = {}
         self._lock = Lock()
@@ -51,11 +51,6 @@ class CombinedWeights(Weights):
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._file.specs
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the adapters' tensor data read so far."""
-        return sum(stored.bytes_read for stored in self._stored)
-
     def read(self, name: str) -> Tensor:
         with self._lock:
             if name not in self._waiting:
@@ -63,17 +58,11 @@ class CombinedWeights(Weights):
                 self._waiting |= zip((module.a.name, module.b.name), self._combine(module), strict=True)
             return self._waiting.pop(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop]
-
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._waiting.clear()
-        self._stack.close()
+        super().__exit__(kind, error, trace)
 
     def _combine(self, module: CombinedModule) -> tuple[Tensor, Tensor]:
         """The module's two factors in float32, of the shapes that its specs say."""

@@ -62,6 +62,9 @@ def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
             f"Keys of adapter_config.json that this PEFT does not know were dropped: {_list(unknown)}."
         )
     check_lengths(config)
+    for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(config.get(key), str):
+            _check_pattern(key, config[key])
     if adapter.method == "LORA":
         _check_lora_values(config)
     return replace(adapter, config=config), tuple(notes)
@@ -92,9 +95,6 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
             raise _wrong(key, "a mapping from module patterns to numbers", value)
         for pattern in value:
             _check_pattern(key, pattern)
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), str):
-            _check_pattern(key, config[key])
     for key in ("modules_to_save", "target_parameters"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
