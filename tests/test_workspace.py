@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,16 @@ def test_a_place_that_is_not_a_folder_is_no_place_to_work(temporary: Path) -> No
     temporary.symlink_to(temporary.parent)
     with pytest.raises(StorageError, match="is not a folder of this user"), work_folder("job"):
         pass
+
+
+def test_runs_that_begin_and_end_at_once_leave_each_other_alone(temporary: Path) -> None:
+    """Each clears what the others leave, at every moment of theirs; none stumbles, and none loses its folder."""
+
+    def work(_: int) -> bool:
+        with work_folder("job") as place:
+            (place / "shard").write_bytes(b"1")
+            return (place / "shard").read_bytes() == b"1"
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(400)))
+    assert list(temporary.iterdir()) == []

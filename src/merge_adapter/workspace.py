@@ -101,7 +101,7 @@ def partial_folder(destination: Path) -> Iterator[Path]:
                 ) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
             yield partial
     finally:
-        if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+        if _is_at(descriptor, partial):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(descriptor)
 
@@ -152,8 +152,12 @@ def deliver(partial: Path, destination: Path) -> None:
 def _locked(partial: Path, destination: Path) -> int:
     """A descriptor that holds the lock on the folder now at `partial`."""
     while True:
-        partial.mkdir(exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with suppress(FileExistsError):  # not `exist_ok`, which looks again, when it may be gone
+            partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # another run took it for a leftover and cleared it
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -162,9 +166,17 @@ def _locked(partial: Path, destination: Path) -> int:
                 f"another merge is writing to {destination}", hint="Wait for it, or name another --output."
             ) from None
         # The folder may have been delivered or removed between open and lock: then the lock is on something else.
-        if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+        if _is_at(descriptor, partial):
             return descriptor
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, place: Path) -> bool:
+    """Whether the open folder is the one that lies at `place` now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), place.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _existing(path: Path) -> Path:
