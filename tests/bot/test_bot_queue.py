@@ -345,17 +345,18 @@ def _client(*arguments: str) -> subprocess.Popen[str]:
 
 
 def _kill(process: subprocess.Popen[str]) -> str:
+    """What it had written and was not read yet; `communicate` would pass over what `readline` took in with a line."""
     process.send_signal(signal.SIGKILL)
-    out, _ = process.communicate()
-    return out
+    assert process.stdout is not None
+    with process:
+        return process.stdout.read()
 
 
 def test_every_job_acknowledged_before_kill_9_is_there(tmp_path: Path) -> None:
     path = tmp_path / "bot.sqlite3"
     process = _client("submit", str(path))
     assert process.stdout is not None
-    seen = process.stdout.readline()
-    time.sleep(0.3)
+    seen = "".join(process.stdout.readline() for _ in range(20))
     acknowledged = len((seen + _kill(process)).split())
     with Store(path) as store:
         stored = sum(count_jobs(store).values())
