@@ -1,4 +1,4 @@
-"""The git side of a repository: bare repositories that any git can clone by their path.
+"""The git side of one repository: what its commits hold, and new ones.
 
 One `GitRepository` per request, since libgit2 objects are not shared between threads. Whoever moves a ref
 holds the repository's lock (`GitStore.lock`) from the look at the old tip on, so that of two writers the
@@ -8,8 +8,6 @@ second sees what the first did; libgit2 also refuses a commit whose parent is no
 from __future__ import annotations
 
 import re
-import shutil
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +17,8 @@ from typing import Any
 import pygit2
 from pygit2.enums import ObjectType, SortMode
 
-from localhub.attributes import DEFAULT_ATTRIBUTES
 from localhub.errors import BadRequestError, ConflictError, EntryNotFoundError, RevisionNotFoundError
 from localhub.pointers import MAX_POINTER_BYTES, Pointer, parse_pointer
-from localhub.repositories import Repository
 
 _SHA = re.compile(r"[0-9a-f]{7,40}")
 _REF_NAME = re.compile(r"(?!/|.*(?:[/.]\.|//|@\{|\\))[^\x00-\x20\x7f~^:?*\[]+(?<!\.lock)(?<![/.])")
@@ -77,79 +73,8 @@ def check_path(path: str) -> str:
     return path
 
 
-class GitStore:
-    """All bare repositories, `repos/<type>s/<owner>/<name>.git` below the data folder."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._locks: dict[str, threading.RLock] = {}
-        self._making = threading.Lock()
-        self._trash = root.parent / "trash"
-        for git in root.glob("*/*/*.git"):
-            # What a killed Hub left: git would refuse to move the ref for ever. One Hub at a time has this folder.
-            for lock in (*git.glob("*.lock"), *(git / "refs").rglob("*.lock")):
-                lock.unlink()
-
-    def path(self, repository: Repository) -> Path:
-        """Where a repository lies; owner and name were validated when it was created."""
-        return self._root / f"{repository.type}s" / repository.owner / f"{repository.name}.git"
-
-    def lock(self, repository: Repository) -> threading.RLock:
-        """Held while refs of the repository change, or the place where it lies."""
-        with self._making:
-            return self._locks.setdefault(repository.id, threading.RLock())
-
-    def create(self, repository: Repository, author: str) -> None:
-        """A bare repository whose `main` holds one commit with `.gitattributes`."""
-        path = self.path(repository)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary = self._trash / f"new-{repository.id}"
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        git = pygit2.init_repository(str(temporary), bare=True, initial_head="main")
-        blob = git.create_blob(DEFAULT_ATTRIBUTES.encode())
-        builder = git.TreeBuilder()
-        builder.insert(".gitattributes", blob, pygit2.enums.FileMode.BLOB)
-        signature = _signature(author)
-        git.create_commit(MAIN, signature, signature, "initial commit", builder.write(), [])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(path)
-
-    def open(self, repository: Repository) -> GitRepository:
-        """Raises FileNotFoundError when it does not lie there (any more)."""
-        path = self.path(repository)
-        try:
-            return GitRepository(path)
-        except pygit2.GitError as error:
-            if path.exists():
-                raise
-            raise FileNotFoundError(path) from error
-
-    def head(self, repository: Repository) -> str | None:
-        """The tip of `main`; None when there is none, or no repository any more."""
-        try:
-            return self.open(repository).ref(MAIN)
-        except FileNotFoundError:
-            return None
-
-    def move(self, old: Repository, new: Repository) -> None:
-        target = self.path(new)
-        shutil.rmtree(target, ignore_errors=True)  # what a crash left: nobody has this name now
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.path(old).rename(target)
-
-    def put_away(self, repository: Repository) -> None:
-        """Free its place for another of that name; `empty_trash` frees the space."""
-        self._trash.mkdir(parents=True, exist_ok=True)
-        path = self.path(repository)
-        if path.exists():
-            path.rename(self._trash / repository.id)
-
-    def empty_trash(self, repository: Repository) -> None:
-        """Free the space of a repository that was put away."""
-        shutil.rmtree(self._trash / repository.id, ignore_errors=True)
-
-
-def _signature(name: str) -> Any:
+def signature(name: str) -> Any:
+    """Who commits, and now."""
     return pygit2.Signature(name, f"{name}@users.noreply.localhub")
 
 
@@ -335,9 +260,9 @@ class GitRepository:
 
     def add_commit(self, ref: str | None, tree: str, parents: list[str], message: str, author: str) -> str:
         """Commit a tree; moves `ref`, whose tip must be the first parent."""
-        signature = _signature(author)
+        who = signature(author)
         sha = self._git.create_commit(
-            ref, signature, signature, message, pygit2.Oid(hex=tree), [pygit2.Oid(hex=p) for p in parents]
+            ref, who, who, message, pygit2.Oid(hex=tree), [pygit2.Oid(hex=p) for p in parents]
         )
         return str(sha)
 
@@ -363,7 +288,7 @@ class GitRepository:
             raise BadRequestError(f"Invalid tag name: {name!r}")
         if self.ref(full) is not None:
             raise ConflictError(f"Tag reference already exists: {name}")
-        self._git.create_tag(name, pygit2.Oid(hex=sha), ObjectType.COMMIT, _signature(author), message)
+        self._git.create_tag(name, pygit2.Oid(hex=sha), ObjectType.COMMIT, signature(author), message)
 
     def delete_ref(self, name: str) -> None:
         """Raises RevisionNotFoundError when it is not there."""

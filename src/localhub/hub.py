@@ -11,7 +11,7 @@ from localhub.accounts import Accounts
 from localhub.community import Community
 from localhub.database import Database
 from localhub.delivery import Courier
-from localhub.git import GitStore
+from localhub.gitstore import GitStore
 from localhub.jobs import Jobs
 from localhub.large import LargeFiles
 from localhub.oidc import Client, Provider, Publishers, TrustedPublisher

@@ -22,7 +22,7 @@ from localhub.accounts import Accounts
 from localhub.community import Discussion, Event
 from localhub.database import Database, new_id, now
 from localhub.errors import BadRequestError, NotFoundError
-from localhub.git import GitStore
+from localhub.gitstore import GitStore
 from localhub.repositories import Repositories, Repository
 
 BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

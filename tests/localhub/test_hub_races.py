@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd
 import localhub.__main__ as program
 from localhub.accounts import Accounts
 from localhub.database import Database
-from localhub.git import GitStore
+from localhub.gitstore import GitStore
 from localhub.hub import open_hub
 from localhub.jobs import Jobs
 from localhub.repositories import Repositories
