@@ -142,8 +142,8 @@ question are stored under the names they have in memory, which transformers load
 _REFUSED = """\
 LoRA variants that PEFT itself cannot merge are refused as well: aLoRA, Arrow and QALoRA. So is LoRA on a convolution
 with groups or dilation, or one that pads otherwise than with zeros: PEFT's update is a convolution without, which the
-layer's weight cannot hold. And so is one of two weights that T5 and its like tie, whose forward pass scales the output
-only while they are tied.
+layer's weight cannot hold. And so is one of two weights that T5 and its like tie, whose `config.json` cannot untie them
+without changing what else the model computes.
 Adapters of other libraries (AdapterHub's bottleneck adapters and their like) add layers that no weight of the base can
 hold.
 

@@ -82,18 +82,21 @@ def loosened_copies(context: Context, members: tuple[str, ...]) -> tuple[Change,
 
 
 def check_can_part(context: Context, members: tuple[str, ...]) -> None:
-    """Raise MethodError unless a checkpoint of this architecture can hold the members apart."""
+    """Raise MethodError unless config.json can say that the members are apart.
+
+    A T5 whose checkpoint holds two values is loaded untied by transformers 5 all the same, and tied by 4: what one
+    reads rightly the other reads wrongly, in silence.
+    """
     model_type = context.sources.base.config.get("model_type")
     scaled = model_type in _SCALED_BY_TIE
     if scaled or any(context.names.tied_for_good(name) for name in members):
         reason = (
-            "its forward pass scales the output only while they are tied, so that untied weights would answer otherwise"
+            f"the config.json of a {model_type} cannot untie them without changing what else the model computes"
             if scaled
             else "its class holds one tensor for both, whatever config.json says"
         )
         raise MethodError(
-            f"The adapter changes one of {', '.join(members)}, which this model ties for good: {reason}, and no"
-            f" checkpoint of model type {model_type} can hold them apart.",
+            f"The adapter changes one of {', '.join(members)}, which this model ties for good: {reason}.",
             hint="Keep the adapter and load it with PEFT beside its base.",
         )
 
