@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from passing_world import WEIGHTS, World
 
 from localhub.faults import Answer, Cut, FaultProxy, LoseAnswer, Rule
 from merge_adapter.errors import InputError, StorageError
-from merge_adapter.pipeline import RunOutcome, run
+from merge_adapter.pipeline import RunOutcome, plan_merge, run
 from merge_adapter.publish import Outbox, PublishSettings
 from merge_adapter.publish.contents import Gone
+from merge_adapter.report.terminal import plan_document
 from merge_adapter.types import MergeResult, Operation, OutputFile, PublishTo, Silent, Verdict
 from merge_adapter.types import OnFail as Fail
 from merge_adapter.verify.settings import VerifySettings
@@ -140,6 +142,9 @@ def test_the_smallest_budget_is_named_before_anything_is_downloaded_and_works(
         assert proxy.down.bytes < whole / 4
         assert not world.api.repo_exists(f"{adapter}-merged")
     smallest = refused.value.hint.split("works is ")[1].split("MB")[0]
+    planned = plan_document(*plan_merge(world.request(adapter), hub=world.hub()))
+    assert planned["least_disk_budget_bytes"] <= int(smallest) * 1_000_000
+    assert planned["least_disk_budget_bytes"] > (int(smallest) - 1) * 1_000_000
     outcome = run(
         world.request(adapter),
         PublishSettings(),
@@ -166,21 +171,46 @@ def test_nothing_can_be_kept_here(world: World, base: str, tmp_path: Path) -> No
         passed_through(world, adapter, publish_to=PublishTo.NONE)
 
 
-def _spoiled(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """Turn one bit of one merged shard over after it was written, as a failing disk would."""
+def _spoiled(monkeypatch: pytest.MonkeyPatch, path: str, *, told: bool = False) -> None:
+    """Turn one bit of one merged shard over after it was written, as a failing disk would.
+
+    `told`: as a processor would that rounds another way, so that the merge itself names the hash of what it wrote.
+    """
     import merge_adapter.staging.run as module
 
     real = module.merge
 
     def merge(plan: Any, sources: Any, destination: Path, **options: Any) -> MergeResult:
         made = real(plan, sources, destination, **options)
-        if (destination / path).exists():
-            content = bytearray((destination / path).read_bytes())
-            content[-1] ^= 0x40
-            (destination / path).write_bytes(content)
-        return made
+        if path not in [file.path for file in made.files]:
+            return made
+        content = bytearray((destination / path).read_bytes())
+        content[-1] ^= 0x40
+        (destination / path).write_bytes(content)
+        if not told:
+            return made
+        digest = sha256(content).hexdigest()
+        files = tuple(replace(one, sha256=digest) if one.path == path else one for one in made.files)
+        return replace(made, files=files)
 
     monkeypatch.setattr(module, "merge", merge)
+
+
+def test_a_draft_with_other_weights_is_not_taken_for_this_merge(
+    world: World, base: str, monkeypatch: pytest.MonkeyPatch, merged_weights: Weights
+) -> None:
+    """Sources, settings and verdict are those of the draft; the shards that were judged here must go there."""
+    adapter = world.adapter(base)
+    right = merged_weights()
+    with monkeypatch.context() as patch:
+        _spoiled(patch, "model-00003-of-00008.safetensors", told=True)
+        left = passed_through(world, adapter, gate=None)
+    assert left.publication is not None
+    assert world.weights(left.publication.repo, "refs/pr/1") != right
+    outcome = passed_through(world, adapter, gate=VerifySettings(probe_tokens=64))
+    assert outcome.verdict is Verdict.PASS
+    assert world.pulls(left.publication.repo) == [(1, "open")]
+    assert world.weights(left.publication.repo, "refs/pr/1") == right
 
 
 @pytest.mark.parametrize("number", [2, 6])

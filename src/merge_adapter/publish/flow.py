@@ -265,11 +265,18 @@ def _commit_to_pull(
 
 
 def _is_of(job: _Job, report: Mapping[str, Any] | None) -> bool:
-    """Whether a report on the Hub is of the same sources, settings and verdict as this job."""
+    """Whether a report on the Hub is of the same sources, settings and verdict as this job.
+
+    And of the same bytes, where they are not here any more: another processor may round another way, and the gate
+    judges on the Hub what it saw leave.
+    """
+    if report is None:
+        return False
+    listed = listed_files(report)
     return (
-        report is not None
-        and identity_of_report(report, job.target.path_in_repo) == job.identity
+        identity_of_report(report, job.target.path_in_repo) == job.identity
         and report["verification"]["verdict"] == job.verdict.value
+        and all(listed.get(one.path) == (one.bytes, one.sha256) for one in job.files if one.place is None)
     )
 
 
