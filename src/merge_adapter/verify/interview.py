@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from merge_adapter.errors import MalformedError
+from merge_adapter.errors import MalformedError, ran_out_of_memory
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.answers import LANGUAGE, Batch
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
@@ -225,6 +225,8 @@ class Interview:
         try:
             return self._listen(probes, tail, begun, place)
         except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            if ran_out_of_memory(error):
+                raise  # of the machine, not of the model
             text = (
                 f"outputs were not compared: base + adapter, a {self.subject.kind} model, cannot be run on "
                 f"{probes.source}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

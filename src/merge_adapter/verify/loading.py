@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
+from merge_adapter.errors import (
+    BaseModelError,
+    MalformedError,
+    MethodError,
+    NotFoundError,
+    ran_out_of_memory,
+)
 from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.methods.starts import changed_base, is_named
 from merge_adapter.types import Adapter, Repository, Resolved
@@ -152,6 +158,8 @@ def load_model(
                 ignore_mismatched_sizes=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
+            if ran_out_of_memory(error):
+                raise  # it says nothing of the model
             raise BaseModelError(
                 f"transformers cannot load {folder.name} as {auto.__name__}: {one_line(error)}"
             ) from error
@@ -276,6 +284,8 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             NotImplementedError,
             OSError,
         ) as error:
+            if ran_out_of_memory(error):
+                raise
             foreign = "size mismatch" in str(error)
             hint = "Its shapes belong to another base: name the one it was trained on." if foreign else ""
             raise MethodError(
