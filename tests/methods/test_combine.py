@@ -24,7 +24,7 @@ from merge_adapter.merge import merge
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.publish.identity import identity_of_report, identity_of_sources
-from merge_adapter.report.document import build, verdict_only
+from merge_adapter.report.document import build, validate_judgement, verdict_only
 from merge_adapter.several import check_adapters, compare_revisions, compare_tokenizers
 from merge_adapter.types import (
     Adapter,
@@ -513,6 +513,15 @@ def test_the_command_line_takes_adapters_and_weights_in_order(
     assert run([*judged, *several_options, *ties]) == 0
     assert run(["plan", first, *several_options, "--weight", "1", "--base-model", base]) == 2
     assert "3 weights were given" in capsys.readouterr().err
+
+
+def test_a_judgement_says_what_a_single_adapter_was_multiplied_with(several: Callable[..., Several]) -> None:
+    """Half of an update is another claim than the whole; 1 goes without saying."""
+    made = several(ATTENTION)
+    for weight, told in ((0.5, {"weight": 0.5}), (1.0, {})):
+        judgement = verdict_only(made.sources(SEQUENTIAL, (weight,)), Verification(Verdict.PASS, ()))
+        validate_judgement(judgement, place="the judgement")
+        assert {key: judgement["adapter"][key] for key in ("weight",) if key in judgement["adapter"]} == told
 
 
 def test_weights_and_combination_tell_publications_apart(several: Callable[..., Several]) -> None:

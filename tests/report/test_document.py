@@ -17,6 +17,7 @@ REPORT: dict[str, Any] = {
     "tool": document.tool_entry(),
     "adapter": {"id": "o/a", "revision": SHA, "method": "LORA", "tensors": 4, "consumed": 4},
     "base": {"id": "o/b", "revision": SHA},
+    "settings": {"strategy": "auto", "quantized_base": "refuse", "trust_remote_code": False},
     "output": {
         "dtype": "auto",
         "files": [{"path": "model.safetensors", "bytes": 3, "sha256": "0" * 64, "origin": "merged"}],
@@ -25,11 +26,14 @@ REPORT: dict[str, Any] = {
         "seconds": 0.1,
         "bytes_read": 3,
         "bytes_written": 3,
+        "bytes_changed": 3,
         "peak_rss_bytes": 9,
         "tensors_changed": 1,
         "tensors_copied": 0,
+        "strategy": "stream",
     },
     "verification": {"verdict": "pass", "reasons": ["Every tensor equals the oracle."]},
+    "notes": [],
 }
 
 

@@ -73,6 +73,19 @@ def test_a_field_that_the_schema_does_not_name_is_refused(report: dict[str, Any]
     assert seen > 20
 
 
+@pytest.mark.parametrize("section", ["files", "seconds"])
+def test_what_every_judgement_leaves_is_never_missing_beside_other_evidence(
+    report: dict[str, Any], section: str
+) -> None:
+    """A verdict alone is that of a merge that nobody judged."""
+    spoiled = copy.deepcopy(report)
+    del spoiled["verification"][section]
+    with pytest.raises(MalformedError, match=f"'{section}' is a"):
+        document.validate_judgement(spoiled, place="the report")
+    spoiled["verification"] = {"verdict": "inconclusive", "reasons": []}
+    document.validate_judgement(spoiled, place="the report")
+
+
 def test_a_field_that_is_gone_is_named(report: dict[str, Any]) -> None:
     """All but those that may be absent, in every object."""
     seen = 0

@@ -35,9 +35,6 @@ class Outbox:
         self._progress = progress
         self._there: Mapping[str, str] = {}
         self.draft: PullRequest | None = None
-        self.bytes_sent = 0
-        self.bytes_there = 0
-        """Of files that an earlier run had sent already."""
 
     def send(self, file: OutputFile, place: Path) -> Gone | None:
         """Hand one file over; None when the Hub wants it inside the commit, so that it must stay here.
@@ -49,14 +46,10 @@ class Outbox:
         assert self.draft is not None
         prefix = f"{self._target.path_in_repo}/" if self._target.path_in_repo else ""
         if self._there.get(prefix + file.path) == file.sha256:
-            self.bytes_there += file.bytes
             return Gone()
         upload = Upload(prefix + file.path, place, file.bytes, file.sha256)
         handed = hand_over(self._hub, self._target.repo_id, self.draft.ref, upload)
-        if handed is None:
-            return None
-        self.bytes_sent += file.bytes
-        return Gone(handed)
+        return None if handed is None else Gone(handed)
 
     def withdraw(self, why: str) -> None:
         """Say why nothing follows, and close the draft where it has never held anything."""
@@ -67,11 +60,6 @@ class Outbox:
             pulls.close(self.draft, why)
         else:
             pulls.comment(self.draft, why)
-
-    @property
-    def started(self) -> bool:
-        """Whether anything was sent."""
-        return self.draft is not None
 
     def _open(self) -> None:
         self.draft = open_draft(self._report, hub=self._hub, settings=self._settings, progress=self._progress)

@@ -51,6 +51,14 @@ def source_entry(origin: Origin) -> dict[str, Any]:
     return entry
 
 
+def adapter_entry(sources: Resolved) -> dict[str, Any]:
+    """The adapter, or the first of several, whose weights stand with `adapters`."""
+    entry = source_entry(sources.adapter.repository.origin)
+    if len(sources.adapters) == 1 and sources.adapter.weight != 1:
+        entry["weight"] = sources.adapter.weight
+    return {**entry, "method": sources.adapter.method}
+
+
 def settings_entry(settings: MergeSettings) -> dict[str, Any]:
     """What the user chose, but for the dtype, which stands with the output. Publications are told apart by it."""
     entry: dict[str, Any] = {
@@ -113,14 +121,11 @@ def build(
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
     """The document. `merge` is its section of that name, in seconds and bytes."""
-    adapter = sources.adapter
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "tool": tool_entry(),
         "adapter": {
-            **source_entry(adapter.repository.origin),
-            **({"weight": adapter.weight} if adapter.weight != 1 and len(sources.adapters) == 1 else {}),
-            "method": adapter.method,
+            **adapter_entry(sources),
             "tensors": adapter_tensors,
             "consumed": consumed,
         },
@@ -145,7 +150,7 @@ def verdict_only(sources: Resolved, verification: Verification) -> dict[str, Any
     return {
         "schema": SCHEMA,
         "tool": tool_entry(),
-        "adapter": {**source_entry(sources.adapter.repository.origin), "method": sources.adapter.method},
+        "adapter": adapter_entry(sources),
         **several_entries(sources),
         "base": source_entry(sources.base.repository.origin),
         "verification": verification_entry(verification),

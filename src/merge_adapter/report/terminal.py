@@ -11,10 +11,11 @@ from rich.text import Text
 
 from merge_adapter.pipeline import Merged, RunOutcome
 from merge_adapter.plan import MergePlan
-from merge_adapter.report.document import several_entries, source_entry
+from merge_adapter.report.document import adapter_entry, several_entries, source_entry
 from merge_adapter.report.evidence import verdict_rows
 from merge_adapter.report.printable import printable
 from merge_adapter.report.progress import human_bytes, human_seconds
+from merge_adapter.staging.needs import as_option, least_budget
 from merge_adapter.types import Adapter, Operation, Resolved, Verdict
 
 _VERDICT_STYLE = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
@@ -39,6 +40,7 @@ def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
     """Base, method, what changes, bytes, memory and disk, strategy."""
     tensors = sum(len(change.tensors) for change in plan.changes)
     merged = [shard for shard in plan.outputs if shard.bytes]
+    least = least_budget(sources, plan)
     rows = [
         *(("adapter", _named(adapter)) for adapter in sources.adapters),
         *((("combination", sources.combination.type.value),) if len(sources.adapters) > 1 else ()),
@@ -53,6 +55,10 @@ def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
         ("uploads at most", human_bytes(plan.bytes_changed)),
         ("memory", human_bytes(plan.memory_bytes)),
         ("disk", human_bytes(plan.disk_bytes)),
+        (
+            "disk budget",
+            f"{as_option(least)} or more" if least is not None else "none: the model must be here whole",
+        ),
     ]
     rows += [("config", f"{key} = {value!r}") for key, value in plan.config_changes.items()]
     console.print(_facts(rows))
@@ -101,13 +107,12 @@ def show_mutants(console: Console, verification: Mapping[str, Any]) -> None:
 
 
 def plan_document(sources: Resolved, plan: MergePlan) -> dict[str, Any]:
-    """What `plan --json` prints."""
+    """What `plan --json` prints. `least_disk_budget_bytes` is null where shards cannot pass through."""
     several = several_entries(sources)
     return {
         "schema": 1,
         "adapter": {
-            **source_entry(sources.adapter.repository.origin),
-            "method": plan.method,
+            **adapter_entry(sources),
             "tensors": plan.adapter_tensors,
             "consumed": plan.consumed,
         },
@@ -133,6 +138,7 @@ def plan_document(sources: Resolved, plan: MergePlan) -> dict[str, Any]:
         "bytes_changed": plan.bytes_changed,
         "memory_bytes": plan.memory_bytes,
         "disk_bytes": plan.disk_bytes,
+        "least_disk_budget_bytes": least_budget(sources, plan),
         "notes": [*sources.notes, *plan.notes],
     }
 

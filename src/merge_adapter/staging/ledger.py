@@ -7,7 +7,7 @@ little for the merges that must come before its own, so that everybody who waits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import Condition
 
 
@@ -84,8 +84,7 @@ class Ledger:
             if self._halted:
                 raise Halted
 
-    def _wait(self, ready: object) -> None:
-        assert callable(ready)
+    def _wait(self, ready: Callable[[], bool]) -> None:
         while not self._halted and not ready():
             self._changed.wait()
         if self._halted:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merge_adapter.checkpoint.base import read_base
-from merge_adapter.checkpoint.layout import Layout
+from merge_adapter.checkpoint.layout import Layout, find_layout
 from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.errors import InputError, StorageError
 from merge_adapter.methods.refuse import SOFT_PROMPTS
 from merge_adapter.plan import MergePlan
 from merge_adapter.report.progress import human_bytes
-from merge_adapter.staging.units import Schedule
+from merge_adapter.staging.units import Schedule, schedule
 from merge_adapter.types import FileOrigin, MergeSettings, Resolved, Strategy
 
 if TYPE_CHECKING:
@@ -67,34 +67,56 @@ def weights_of(sources: Resolved, settings: MergeSettings) -> Layout:
 
 def check_possible(sources: Resolved, plan: MergePlan, layout: Layout) -> None:
     """Raise InputError, with the reason, for a merge that needs the whole model at once."""
-    reason = ""
-    if plan.strategy is Strategy.MEMORY:
-        reason = f"this adapter is merged on the loaded model ({plan.strategy_reason})"
-    elif plan.view is not None:
-        reason = "the base is merged in another form than its files have, layers replicated"
-    elif quantization_of(sources.base.config) is not None:
-        reason = "the base is stored quantised, and has to be here whole to be dequantised"
-    elif any(file.pickled for file in layout.files):
-        reason = "the base's weights are pickled files, which can only be read whole"
-    elif sources.adapter.method in SOFT_PROMPTS:
-        reason = "a soft prompt is judged on the whole model"
+    reason = _obstacle(sources, plan, layout)
     if reason:
         raise InputError(f"the merge cannot be made within a disk budget: {reason}", hint=_LEAVE_OUT)
 
 
-def check_budget(budget: int, needs: Needs, schedule: Schedule) -> None:
+def _obstacle(sources: Resolved, plan: MergePlan, layout: Layout) -> str:
+    """Why the merge needs the whole model at once; "" where shards can pass through."""
+    if plan.strategy is Strategy.MEMORY:
+        return f"this adapter is merged on the loaded model ({plan.strategy_reason})"
+    if plan.view is not None:
+        return "the base is merged in another form than its files have, layers replicated"
+    if quantization_of(sources.base.config) is not None:
+        return "the base is stored quantised, and has to be here whole to be dequantised"
+    if any(file.pickled for file in layout.files):
+        return "the base's weights are pickled files, which can only be read whole"
+    if sources.adapter.method in SOFT_PROMPTS:
+        return "a soft prompt is judged on the whole model"
+    return ""
+
+
+def passage(sources: Resolved, plan: MergePlan, layout: Layout) -> Schedule:
+    """What has to be here together for the merge alone. The gate, once it is open, may join more of it."""
+    remote = sources.base.repository.origin.repo_id is not None
+    return schedule(plan, layout, fetched=remote, copied=frozenset(copied_by_hub(sources, plan)))
+
+
+def least_budget(sources: Resolved, plan: MergePlan) -> int | None:
+    """The smallest disk budget in bytes, as far as file lists and headers tell; None where there is none."""
+    layout = find_layout(sources.base.repository)
+    if _obstacle(sources, plan, layout):
+        return None
+    return measure(sources, plan, layout).fixed + passage(sources, plan, layout).least_bytes
+
+
+def as_option(budget: int) -> str:
+    """As it is written after --disk-budget; rounded up, so that it does work."""
+    return f"{-(-budget // 1_000_000)}MB"
+
+
+def check_budget(budget: int, needs: Needs, units: Schedule) -> None:
     """Raise StorageError, naming the smallest budget that works, when `budget` is below it."""
-    least = needs.fixed + schedule.least_bytes
+    least = needs.fixed + units.least_bytes
     if budget >= least:
         return
-    # rounded up, so that the figure shown does work
-    shown = f"{-(-least // 1_000_000)}MB"
-    unit = schedule.largest
+    unit = units.largest
     what = f"{unit.name} with the part of the base that it takes" if unit is not None else "the small files"
     raise StorageError(
         f"the disk budget of {human_bytes(budget)} is too small: {what} needs {human_bytes(least - needs.fixed)}, and "
         f"{human_bytes(needs.fixed)} are needed throughout",
-        hint=f"The smallest budget that works is {shown}. Nothing was downloaded.",
+        hint=f"The smallest budget that works is {as_option(least)}. No weights of the base were downloaded.",
     )
 
 

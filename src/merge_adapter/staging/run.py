@@ -31,6 +31,7 @@ from merge_adapter.staging.needs import (
     check_possible,
     copied_by_hub,
     measure,
+    passage,
     weights_of,
 )
 from merge_adapter.staging.outputs import judge_outputs, judge_without_outputs
@@ -87,16 +88,14 @@ def run_within(
             "and shards can only pass through where the result is published",
             hint="Publish it, or raise the budget.",
         )
-    copied = copied_by_hub(sources, plan)
-    remote = sources.base.repository.origin.repo_id is not None
-    least = schedule(plan, layout, fetched=remote, copied=frozenset(copied))
+    least = passage(sources, plan, layout)
     check_budget(budget, needs, least)
     with work_folder(job_name(sources)) as folder, ExitStack() as stack:
         check_space(folder, needs.fixed + least.least_bytes)
         check_sparse(folder)
         place = set_up(folder, sources, plan, layout, request.settings)
         job = Passage(budget, sources, plan, request, publishing, layout, needs, place, hub, progress)
-        return job.run(copied, stack)
+        return job.run(copied_by_hub(sources, plan), stack)
 
 
 class Passage:
