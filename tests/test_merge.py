@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -340,7 +339,6 @@ class Interrupting(Silent):
 
 def assert_nothing_is_left(folder: Path) -> None:
     assert not list(folder.iterdir())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge-")]
 
 
 def test_an_interrupt_stops_the_workers_and_leaves_nothing(case: Case) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 import threading
 import time
 from functools import partial
@@ -48,6 +51,33 @@ def test_a_failing_job_stops_the_others() -> None:
     with pytest.raises(Stopped):
         stop.check()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge-")]
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 60])
+def test_after_an_interrupt_nobody_works_any_more(at: int) -> None:
+    """Wherever it meets the caller, who may still be starting workers: some have not come to their first line yet."""
+    over, late, count = threading.Event(), threading.Event(), itertools.count()
+
+    def job() -> None:
+        if next(count) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+        if over.is_set():
+            late.set()
+
+    # where a shell runs us behind, the signal is ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for _ in range(20):
+            count = itertools.count()
+            over.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run_jobs(Queues([[job] * 50 for _ in range(40)]), threads=40, stop=Stop())
+            over.set()
+            time.sleep(0.01)
+            assert not late.is_set()
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_no_jobs_are_no_problem() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from threading import Event, Lock, Thread
@@ -59,6 +60,39 @@ class Queues:
         return longest if longest is not None and self._queues[longest] else None
 
 
+class _Roll:
+    """Who is at work, and whether anybody may still begin.
+
+    A plain lock, which an interrupt cannot leave taken as it can that of a Condition or an Event; and not the threads'
+    own word, which can neither be asked nor waited for while a thread that is already running comes to its first line.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._at_work = 0
+        self._closed = False
+
+    def enter(self) -> bool:
+        """Begin; False when it is too late to."""
+        with self._lock:
+            self._at_work += not self._closed
+            return not self._closed
+
+    def leave(self) -> None:
+        with self._lock:
+            self._at_work -= 1
+
+    def close(self) -> None:
+        """Let nobody begin any more."""
+        with self._lock:
+            self._closed = True
+
+    @property
+    def empty(self) -> bool:
+        with self._lock:
+            return not self._at_work
+
+
 def run_jobs(queues: Queues, *, threads: int, stop: Stop) -> None:
     """Run every job; returns when all are done.
 
@@ -67,9 +101,12 @@ def run_jobs(queues: Queues, *, threads: int, stop: Stop) -> None:
     """
     errors: list[BaseException] = []
     lock = Lock()
+    roll = _Roll()
 
     def work() -> None:
         current: int | None = None
+        if not roll.enter():
+            return
         try:
             while True:
                 stop.check()
@@ -84,6 +121,8 @@ def run_jobs(queues: Queues, *, threads: int, stop: Stop) -> None:
             with lock:
                 errors.append(error)
             stop.set()
+        finally:
+            roll.leave()
 
     workers = [Thread(target=work, name=f"merge-{number}", daemon=True) for number in range(threads)]
     try:
@@ -94,9 +133,9 @@ def run_jobs(queues: Queues, *, threads: int, stop: Stop) -> None:
                 worker.join(timeout=0.2)  # short, so that Ctrl-C reaches this thread
     except BaseException:
         stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        roll.close()
+        while not roll.empty:
+            time.sleep(0.002)
         raise
     if errors:
         raise errors[0]
