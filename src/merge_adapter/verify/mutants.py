@@ -7,6 +7,7 @@ model and put to the outputs part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, undecided, warning
 from merge_adapter.verify.layers import judge_layer
-from merge_adapter.verify.oracle import LowRank, Points, Replaced, Single, Update, as_matrix
+from merge_adapter.verify.oracle import LowRank, Points, Replaced, Single, Update
 from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, blocks, judge_update
@@ -251,18 +252,31 @@ def _caught(
     mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int
 ) -> tuple[bool, bool | None]:
     """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked."""
-    update = expected.updates[name]
-    part = _Head(update)
-    faulty = torch.cat(
-        [faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in blocks(part.shape)]
-    )
-    faulty = faulty.reshape(part.shape)
-    in_weights = judge_update("mutant", faulty, part).agreement is Agreement.WRONG
-    layer = expected.layers.get(name)
-    if layer is None or part.shape != update.shape:
+    update, layer = expected.updates[name], expected.layers.get(name)
+    runs = blocks(_head(update))
+    made = (faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in runs)
+    # one wrong row is a wrong tensor: what comes after it need not be made
+    seen: list[Tensor] = []
+    in_weights = False
+    for (start, stop), rows in zip(runs, made, strict=False):
+        seen.append(rows)
+        part = _Rows(update, start, stop)
+        in_weights = judge_update("mutant", rows.reshape(part.shape), part).agreement is Agreement.WRONG
+        if in_weights:
+            break
+    if layer is None or _head(update) != tuple(update.shape):
         return in_weights, None
+    faulty = torch.cat([*seen, *made]).reshape(update.shape)
     judged = judge_layer(name, layer, faulty, None, update, seed=seed, allow_cast=False)
     return in_weights, None if judged is None else not judged.ratio <= 1
+
+
+def _head(update: Update) -> tuple[int, ...]:
+    """The shape of the first rows of an update, of which a mutant of a huge tensor is made; of others their own."""
+    if not update.shape:
+        return ()
+    rows, *rest = update.shape
+    return (max(1, min(rows, LARGEST // max(1, math.prod(rest)))), *rest)
 
 
 def faulty_rows(
@@ -274,34 +288,32 @@ def faulty_rows(
     return mutant.change(Piece(update, start, stop, base, delta, seed + start)).to(dtype)
 
 
-class _Head(Update):
-    """The first rows of an update, so that a mutant of a huge tensor stays small."""
+class _Rows(Update):
+    """Some rows of an update, as one of its own."""
 
-    def __init__(self, whole: Update) -> None:
-        rows = whole.shape[0]
-        width = max(1, whole.base.numel() // max(1, rows))
-        keep = max(1, min(rows, LARGEST // width))
+    def __init__(self, whole: Update, start: int, stop: int) -> None:
         self._whole = whole
-        self.base = whole.base[:keep]
+        self._start = start
+        self.base = whole.base[start:stop] if whole.shape else whole.base
         self.form = whole.form
 
     def base_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return as_matrix(self.base)[start:stop].to(dtype)
+        return self._whole.base_rows(self._start + start, self._start + stop, dtype)
 
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return self._whole.target_rows(start, stop, dtype)
+        return self._whole.target_rows(self._start + start, self._start + stop, dtype)
 
     def product_error(self, start: int, stop: int) -> Tensor:
-        return self._whole.product_error(start, stop)
+        return self._whole.product_error(self._start + start, self._start + stop)
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return self._whole.cast_error(start, stop, dtype)
+        return self._whole.cast_error(self._start + start, self._start + stop, dtype)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
-        return self._whole.points(rows, columns, dtype)
+        return self._whole.points(self._start + rows, columns, dtype)
 
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
-        return self._whole.single(start, stop, scratch)
+        return self._whole.single(self._start + start, self._start + stop, scratch)
 
 
 def judge_mutants(outcomes: list[Outcome]) -> Iterator[Finding]:
