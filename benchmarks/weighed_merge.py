@@ -6,6 +6,7 @@ The command line has no such switch, as its verdict would be inconclusive at bes
 import sys
 from pathlib import Path
 
+from merge_adapter.collecting import seldom_collected
 from merge_adapter.hub import Hub
 from merge_adapter.pipeline import MergeRequest, merge_to_folder
 from merge_adapter.resolve import SourceRequest
@@ -14,6 +15,7 @@ from merge_adapter.verify.settings import VerifySettings
 
 adapter, output = sys.argv[1:]
 request = MergeRequest(SourceRequest((adapter,)), gate=VerifySettings(outputs=False, greedy_tokens=0))
-merged = merge_to_folder(request, Path(output), hub=Hub(), progress=Silent())
+with seldom_collected():  # as the command line has it
+    merged = merge_to_folder(request, Path(output), hub=Hub(), progress=Silent())
 print(merged.verification.verdict.value, *merged.verification.reasons, sep="\n")
 sys.exit(merged.verification.verdict.value == "fail")

@@ -20,6 +20,7 @@ import typer
 from merge_adapter import __version__
 from merge_adapter import options as opt
 from merge_adapter.bot.cli import add_commands
+from merge_adapter.collecting import seldom_collected
 from merge_adapter.errors import ExitCode, MergeAdapterError, NotEquivalentError
 from merge_adapter.option_groups import (
     BaseOptions,
@@ -53,7 +54,9 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script: run the command line and leave with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    with seldom_collected():
+        code = run(sys.argv[1:])
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

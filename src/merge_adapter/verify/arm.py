@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.collecting import seldom_collected
 from merge_adapter.errors import StorageError, ran_out_of_memory
 from merge_adapter.verify.kept import check_room
 
@@ -157,4 +158,5 @@ def _leave(folder: Path, at: int, answers: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with seldom_collected():
+        main(Path(sys.argv[1]))

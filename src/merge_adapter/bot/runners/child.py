@@ -15,6 +15,8 @@ import sys
 import threading
 from contextlib import redirect_stdout
 
+from merge_adapter.collecting import seldom_collected
+
 _PATIENCE = 30.0
 """Seconds that clearing up may take once the parent is gone."""
 RESULT = '{"result":'
@@ -55,4 +57,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with seldom_collected():
+        code = main(sys.argv[1:])
+    sys.exit(code)
