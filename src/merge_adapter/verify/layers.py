@@ -22,14 +22,14 @@ from merge_adapter.verify.findings import Finding, fault, undecided
 from merge_adapter.verify.lazy import lazy, widen
 from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Update
-from merge_adapter.verify.rounding import UNIT32, half_ulp
+from merge_adapter.verify.rounding import UNIT32, half_ulp, unit
 from merge_adapter.verify.threads import workers
 
 VECTORS = 16
 """Random inputs per layer."""
 
-SAMPLED_RUNS, RUN = 4, 16
-"""The rounding error of a weight is predicted from this many runs of this many rows, spread over it."""
+SAMPLED_RUNS, RUN = 8, 2
+"""How far rounding moves a weight, for its size, is measured on this many runs of this many rows, spread over it."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ def judge_layer(
     with torch.no_grad():
         truth, plain = _overheard(layer, base, inputs)
         merged = twin(inputs)
-    error, effect = _size(merged - truth), _size(plain - truth)
-    predicted = _predicted(update, weight.dtype, inputs, truth, allow_cast=allow_cast)
+    truth, silent = truth[:VECTORS], truth[VECTORS:]
+    error, effect = _size(merged[:VECTORS] - truth), _size(plain[:VECTORS] - truth)
+    weighed = truth - silent if silent.shape[0] else truth
+    predicted = _predicted(update, weight.dtype, inputs, truth, weighed, allow_cast=allow_cast)
     # every element at the edge of its tolerance is sqrt(3) times the average; few vectors scatter around that
     width = min(VECTORS, truth.numel())
     return LayerEvidence(name, error, predicted, effect, math.sqrt(3) * (1 + 3 / math.sqrt(2 * width)))
@@ -135,19 +137,21 @@ def _overheard(layer: Any, base: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
 
 
 def _inputs(base: nn.Module, seed: int) -> Tensor | None:
-    """Random inputs that suit the layer's kind."""
+    """Random inputs that suit the layer's kind; behind vectors one of zeros, whose answer is what is added to all."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(base, nn.Embedding):
         return torch.randint(0, base.num_embeddings, (VECTORS,), generator=generator)
     if isinstance(base, nn.Linear):
-        return torch.randn(VECTORS, base.in_features, generator=generator)
-    if type(base).__name__ == "Conv1D":
+        shape: tuple[int, ...] = (base.in_features,)
+    elif type(base).__name__ == "Conv1D":
         weight = base.weight
         assert isinstance(weight, Tensor)
-        return torch.randn(VECTORS, weight.shape[0], generator=generator)
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return torch.randn(VECTORS, base.in_channels, *base.kernel_size, generator=generator)
-    return None
+        shape = (weight.shape[0],)
+    elif isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        shape = (base.in_channels, *base.kernel_size)
+    else:
+        return None
+    return torch.cat([torch.randn(VECTORS, *shape, generator=generator), torch.zeros(1, *shape)])
 
 
 def _size(value: Tensor) -> float:
@@ -156,13 +160,17 @@ def _size(value: Tensor) -> float:
 
 
 def _predicted(
-    update: Update, dtype: torch.dtype, inputs: Tensor, truth: Tensor, *, allow_cast: bool
+    update: Update, dtype: torch.dtype, inputs: Tensor, truth: Tensor, weighed: Tensor, *, allow_cast: bool
 ) -> float:
-    """What one rounding of the weight to `dtype` and two fp32 forward passes leave, on average."""
+    """What one rounding of the weight to `dtype` and two fp32 forward passes leave, on average.
+
+    Rounding moves every part of a weight by much the same share of it, and random vectors carry the one into their
+    answers as they do the other. So the share is measured on a few rows, and the rest on `weighed`, the weight's part
+    of the answers: a row that is a thousand times larger than the others counts whether it is among the few or not.
+    """
     rows = update.shape[0]
     last = max(0, rows - RUN)
     square = mass = 0.0
-    seen = 0
     for start in sorted({last * run // (SAMPLED_RUNS - 1) for run in range(SAMPLED_RUNS)}):
         stop = min(start + RUN, rows)
         target = update.target_rows(start, stop, torch.float64)
@@ -172,15 +180,12 @@ def _predicted(
             own = own + update.cast_error(start, stop, dtype).square().sum()
         square += float(own)
         mass += float(target.square().sum())
-        seen += stop - start
-    square, mass = square * rows / seen, mass * rows / seen
-    if not inputs.is_floating_point():
-        # a lookup reads one row and adds nothing up
-        return math.sqrt(square / rows + (UNIT32 * _size(truth)) ** 2)
-    width = inputs[0].numel()
-    # partial sums of a dot product walk at random: each of `width` additions rounds a sum that has grown by then
-    walk = UNIT32**2 * mass * width / 3
-    return math.sqrt(square + walk + (UNIT32 * _size(truth)) ** 2)
+    size = _size(weighed)
+    # rows of zeros tell nothing: no number is rounded by a larger share of itself than this
+    rounding = size * (math.sqrt(square / mass) if mass else unit(dtype))
+    # partial sums of a dot product walk at random: each addition rounds a sum that has grown; a lookup adds none
+    additions = inputs[0].numel() if inputs.is_floating_point() else 0
+    return math.hypot(rounding, UNIT32 * size * math.sqrt(additions / 3), UNIT32 * _size(truth))
 
 
 def layer_findings(found: list[LayerEvidence]) -> Iterator[Finding]:
