@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merge_adapter.verify.oracle import Computed, Dora, LowRank, Merges, Replaced, Update
+from merge_adapter.verify.oracle import Computed, Dora, LowRank, LowRankStack, Merges, Replaced, Update
 from merge_adapter.verify.rounding import rounded
 from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.screen import screen
@@ -30,6 +30,14 @@ def low_rank(dtype: torch.dtype, rows: int = 130, columns: int = 1031, scale: fl
     base = torch.randn(rows, columns, generator=generator).to(dtype)
     left = torch.randn(rows, 5, generator=generator, dtype=torch.float64) * scale * 0.7
     return LowRank(base, left, torch.randn(5, columns, generator=generator).double())
+
+
+def stack(dtype: torch.dtype) -> LowRankStack:
+    """Thirteen matrices of ten rows: blocks end in the middle of one."""
+    plain = low_rank(dtype)
+    generator = torch.Generator().manual_seed(4)
+    right = torch.randn(13, 5, 1031, generator=generator).double()
+    return LowRankStack(plain.base.view(13, 10, 1031), plain.left, right)
 
 
 def dora(dtype: torch.dtype, *, by_row: bool) -> Dora:
@@ -54,6 +62,7 @@ UPDATES: dict[str, Callable[[torch.dtype], Update]] = {
     "LoRA": low_rank,
     "LoRA, update below an ulp": lambda dtype: low_rank(dtype, scale=1e-4),
     "LoRA, update larger than the base": lambda dtype: low_rank(dtype, scale=3.0),
+    "LoRA, a stack": stack,
     "DoRA": lambda dtype: dora(dtype, by_row=True),
     "DoRA, transposed": lambda dtype: dora(dtype, by_row=False),
     "PEFT's layer": computed,
@@ -62,7 +71,11 @@ UPDATES: dict[str, Callable[[torch.dtype], Update]] = {
 
 
 def exact(update: Update) -> Tensor:
-    return update.target_rows(0, update.shape[0], torch.float64)
+    return update.target_rows(0, update.rows, torch.float64)
+
+
+def before(update: Update) -> Tensor:
+    return update.matrix(update.base)
 
 
 def once(update: Update) -> Tensor:
@@ -70,12 +83,12 @@ def once(update: Update) -> Tensor:
 
 
 def added_in_fp32(update: Update) -> Tensor:
-    delta = exact(update) - update.base.double()
-    return (update.base.float() + delta.float()).to(update.base.dtype)
+    delta = exact(update) - before(update).double()
+    return (before(update).float() + delta.float()).to(update.base.dtype)
 
 
 def cast_first(update: Update) -> Tensor:
-    return update.base + (exact(update) - update.base.double()).to(update.base.dtype)
+    return before(update) + (exact(update) - before(update).double()).to(update.base.dtype)
 
 
 def spoiled(*changes: tuple[int, int, float]) -> Callable[[Update], Tensor]:
@@ -100,12 +113,12 @@ MERGES: dict[str, Callable[[Update], Tensor]] = {
     "added in fp32": added_in_fp32,
     "update cast first": cast_first,
     "one unit of the last place": off_by_one,
-    "not merged": lambda update: update.base.clone(),
-    "twice": lambda update: (2 * exact(update) - update.base.double()).to(update.base.dtype),
-    "a tenth too strong": lambda update: (1.1 * exact(update) - 0.1 * update.base.double()).to(
+    "not merged": lambda update: before(update).clone(),
+    "twice": lambda update: (2 * exact(update) - before(update).double()).to(update.base.dtype),
+    "a tenth too strong": lambda update: (1.1 * exact(update) - 0.1 * before(update).double()).to(
         update.base.dtype
     ),
-    "zeroed": lambda update: torch.zeros_like(update.base),
+    "zeroed": lambda update: torch.zeros_like(before(update)),
     "NaN": spoiled((3, 3, math.nan)),
     "infinity": spoiled((0, 0, math.inf), (129, 1030, -math.inf)),
     "one zero": spoiled((64, 500, 0.0)),
@@ -171,7 +184,7 @@ def test_the_error_bound_of_a_block_holds() -> None:
     """fp32 against fp64, for factors of very different sizes."""
     generator = torch.Generator().manual_seed(3)
     for size in (1e-6, 1e-2, 1.0, 1e3):
-        for kind in ("LoRA", "DoRA", "DoRA, transposed", "PEFT's layer", "stored whole"):
+        for kind in ("LoRA", "LoRA, a stack", "DoRA", "DoRA, transposed", "PEFT's layer", "stored whole"):
             update = UPDATES[kind](torch.bfloat16)
             if isinstance(update, LowRank):
                 update.left = update.left * torch.rand(130, 5, generator=generator).double() * size

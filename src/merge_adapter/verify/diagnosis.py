@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.rounding import half_ulp
-from merge_adapter.verify.weights import Agreement, TensorEvidence, blocks
+from merge_adapter.verify.weights import Agreement, TensorEvidence, blocks, blocks_of
 
 NEAR = 0.04
 """How close (relative) an alpha-hat must come to a known mistake to be named after it."""
@@ -154,27 +154,27 @@ def _rounding_stray(evidence: TensorEvidence, merged: Tensor) -> float:
 
 def _local(merged: Tensor, update: Update) -> str:
     """Errors that sit in few rows of a tensor are damage, not arithmetic."""
-    if merged.ndim < 2 or merged.shape[0] < 8:
+    if merged.ndim < 2 or update.rows < 8:
         return ""
-    flat = as_matrix(merged)
+    flat = update.matrix(merged)
     bad: list[int] = []
-    for start, stop in blocks(update.shape):
+    for start, stop in blocks_of(update):
         target = update.target_rows(start, stop, torch.float64)
         allowed = half_ulp(target, merged.dtype) + update.product_error(start, stop)
         allowed = allowed + update.cast_error(start, stop, merged.dtype)
         beyond = ((flat[start:stop].double() - target).abs() > allowed).any(1)
         bad += (torch.nonzero(beyond).flatten() + start).tolist()
-    if 0 < len(bad) <= merged.shape[0] // 4:
+    if 0 < len(bad) <= update.rows // 4:
         span = f"row {bad[0]}" if len(bad) == 1 else f"rows {bad[0]} to {bad[-1]}"
-        return f"wrong in {len(bad):,} of {merged.shape[0]:,} rows ({span}), right elsewhere"
+        return f"wrong in {len(bad):,} of {update.rows:,} rows ({span}), right elsewhere"
     return ""
 
 
 def _norm(merged: Tensor, update: Update) -> float:
     """|M - W| / |D|."""
     change = delta = 0.0
-    flat = as_matrix(merged)
-    for start, stop in blocks(update.shape):
+    flat = update.matrix(merged)
+    for start, stop in blocks_of(update):
         base = update.base_rows(start, stop, torch.float64)
         change += float((flat[start:stop].double() - base).square().sum())
         delta += float((update.target_rows(start, stop, torch.float64) - base).square().sum())
@@ -187,11 +187,10 @@ def _elsewhere(
     """Another tensor's content, or its own turned round."""
     if merged.ndim < 2:
         return ""
-    rows = min(4, merged.shape[0])
-    head = as_matrix(merged)[:rows].float()
-    right = (
-        update.target_rows(0, rows, torch.float32) if update is not None else as_matrix(base)[:rows].float()
-    )
+    matrix = as_matrix if update is None else update.matrix
+    head = matrix(merged)[:4].float()
+    rows = head.shape[0]
+    right = update.target_rows(0, rows, torch.float32) if update is not None else matrix(base)[:rows].float()
     if _distance(head, right) < CLOSE:
         return ""
     if merged.ndim == 2 and merged.shape[0] == merged.shape[1]:

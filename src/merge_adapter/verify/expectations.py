@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from merge_adapter.errors import MethodError
 from merge_adapter.types import CombinationType, Resolved
+from merge_adapter.verify.by_parameter import by_parameter
 from merge_adapter.verify.loading import PREFIX, AdapterFile, inner
 from merge_adapter.verify.merges import WIDEST, OwnMerge, layer_state, plain_layer
 from merge_adapter.verify.oracle import Computed, Dora, LowRank, Merges, Replaced, Update
@@ -138,6 +139,18 @@ def _layer(
     found: Expectations, name: str, module: Any, sources: Resolved, files: tuple[AdapterFile, ...]
 ) -> None:
     """A layer PEFT adapted: in closed form where there is one, else PEFT's merge on a copy."""
+    named = by_parameter(name, module, sources, files)
+    if named:
+        found.disagreements += [text for parameter in named.values() for text in parameter.disagreements]
+        for leaf, tensor in layer_state(plain_layer(module)).items():
+            if leaf in named:
+                found.updates[f"{name}.{leaf}"] = named[leaf].update
+            else:
+                _plain(found, f"{name}.{leaf}", tensor, files)
+        if "weight" in named:
+            found.layers[f"{name}.weight"] = module
+        _consume(found, name, files)
+        return
     closed = _closed_form(found, name, module, sources, files)
     if closed is None:
         _computed(found, name, module)

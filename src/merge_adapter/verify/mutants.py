@@ -7,7 +7,6 @@ model and put to the outputs part.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,22 +138,15 @@ def _carries(at: int, update: Update) -> bool:
     """Whether adapter number `at` adds something of its own to this tensor."""
     if len(_ranks(update)) <= at or not isinstance(update, LowRank):
         return False
-    columns = _columns(at, update)
-    return bool(update.left[:, columns].any() and update.right[columns].any())
-
-
-def _columns(at: int, update: LowRank) -> slice:
-    return slice(sum(update.ranks[:at]), sum(update.ranks[: at + 1]))
+    part = update.part(at)
+    return bool(part.left.any() and part.right.any())
 
 
 def _without(at: int, piece: Piece) -> Tensor:
     update = piece.update
     if not isinstance(update, LowRank) or not _carries(at, update):
         return piece.base + piece.delta
-    columns = _columns(at, update)
-    left = update.left_rows(piece.start, piece.stop, torch.float64)
-    own = left[:, columns] @ update.right[columns].double()
-    return piece.base + piece.delta - own
+    return piece.base + piece.delta - update.part(at).delta_rows(piece.start, piece.stop, torch.float64)
 
 
 def swapped(expected: Expectations) -> Mutant:
@@ -253,30 +245,22 @@ def _caught(
 ) -> tuple[bool, bool | None]:
     """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked."""
     update, layer = expected.updates[name], expected.layers.get(name)
-    runs = blocks(_head(update))
+    head = max(1, min(update.rows, LARGEST // max(1, update.width)))
+    runs = blocks((head, update.width))
     made = (faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in runs)
     # one wrong row is a wrong tensor: what comes after it need not be made
     seen: list[Tensor] = []
     in_weights = False
     for (start, stop), rows in zip(runs, made, strict=False):
         seen.append(rows)
-        part = _Rows(update, start, stop)
-        in_weights = judge_update("mutant", rows.reshape(part.shape), part).agreement is Agreement.WRONG
+        in_weights = judge_update("mutant", rows, _Rows(update, start, stop)).agreement is Agreement.WRONG
         if in_weights:
             break
-    if layer is None or _head(update) != tuple(update.shape):
+    if layer is None or head < update.rows:
         return in_weights, None
     faulty = torch.cat([*seen, *made]).reshape(update.shape)
     judged = judge_layer(name, layer, faulty, None, update, seed=seed, allow_cast=False)
     return in_weights, None if judged is None else not judged.ratio <= 1
-
-
-def _head(update: Update) -> tuple[int, ...]:
-    """The shape of the first rows of an update, of which a mutant of a huge tensor is made; of others their own."""
-    if not update.shape:
-        return ()
-    rows, *rest = update.shape
-    return (max(1, min(rows, LARGEST // max(1, math.prod(rest)))), *rest)
 
 
 def faulty_rows(
@@ -289,12 +273,12 @@ def faulty_rows(
 
 
 class _Rows(Update):
-    """Some rows of an update, as one of its own."""
+    """Some rows of an update, as one of its own: a matrix."""
 
     def __init__(self, whole: Update, start: int, stop: int) -> None:
         self._whole = whole
         self._start = start
-        self.base = whole.base[start:stop] if whole.shape else whole.base
+        self.base = whole.matrix(whole.base)[start:stop]
         self.form = whole.form
 
     def base_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,10 @@ on linear layers) the update has a closed form, written here from the papers:
 Every other method is judged against PEFT's own layer, merged on a copy of that one module in fp64, or in fp32
 where it refuses fp64.
 
-All updates work on row blocks: a tensor of any rank is seen as a matrix, its first dimension the rows. The truth is
-fp64. Because fp64 over every element is dear, an update can also say what fp32 makes of a block and how far that may
-lie from the truth (`single`), and what single elements are (`points`).
+All updates work on row blocks: a tensor of any rank is seen as a matrix, its first dimension the rows, but for a stack
+of matrices, such as the experts of a mixture, whose rows are those of all of them. The truth is fp64.
+Because fp64 over every element is dear, an update can also say what fp32 makes of a block and how far that may lie from
+the truth (`single`), and what single elements are (`points`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -83,14 +84,27 @@ class Update(ABC):
         """Shape of the tensor."""
         return self.base.shape
 
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor as a matrix."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape) // max(1, self.rows)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of this shape, or some of its first dimension, as a matrix: a view, (rows, width)."""
+        return as_matrix(tensor)
+
     def base_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the base, (rows, rest)."""
-        return as_matrix(self.base)[start:stop].to(dtype)
+        """Rows [start, stop) of the base, (rows, width)."""
+        return self.matrix(self.base)[start:stop].to(dtype)
 
     def forget(self) -> None:
         """Let go of what was computed once for all rows; it is computed again when they are asked for again."""
-        for name in ("_narrow", "_narrow_right_size", "_norms"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_norms", None)
 
     @abstractmethod
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -116,10 +130,8 @@ class Update(ABC):
 
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
         """Rows [start, stop) in fp32 with a bound on their error. The next call with `scratch` overwrites them."""
-        shape = torch.Size(
-            (stop - start, math.prod(self.shape) // max(1, self.shape[0] if self.shape else 1))
-        )
-        base = scratch.floats("base", shape).copy_(as_matrix(self.base)[start:stop])
+        shape = torch.Size((stop - start, self.width))
+        base = scratch.floats("base", shape).copy_(self.matrix(self.base)[start:stop])
         target = scratch.floats("target", shape).copy_(self.target_rows(start, stop, torch.float64))
         delta = torch.sub(target, base, out=scratch.floats("delta", shape))
         largest = magnitude(target)
@@ -146,9 +158,24 @@ class LowRank(Update):
         """Rows [start, stop) of `left` times the scales, (rows, r)."""
         return self._scaled(self.left[start:stop]).to(dtype)
 
+    def part(self, at: int) -> LowRank:
+        """What adapter number `at` of several adds: the same tensor with its columns of the factors alone."""
+        own = slice(sum(self.ranks[:at]), sum(self.ranks[: at + 1]))
+        scales = None if self.scales is None else self.scales[own]
+        return replace(
+            self,
+            left=self.left[:, own],
+            right=self.right[..., own, :],
+            scales=scales,
+            ranks=(self.ranks[at],),
+        )
+
+    def delta_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows [start, stop) of what is added, (rows, rest)."""
+        return self._product(self.left_rows(start, stop, dtype), start)
+
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        left, right = self.left_rows(start, stop, dtype), self.right.to(dtype)
-        return torch.addmm(self.base_rows(start, stop, dtype), left, right)
+        return self.base_rows(start, stop, dtype) + LowRank.delta_rows(self, start, stop, dtype)
 
     def product_error(self, start: int, stop: int) -> Tensor:
         return self._product_error(
@@ -156,74 +183,111 @@ class LowRank(Update):
         )
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        delta = self.left_rows(start, stop, torch.float64) @ self.right.double()
+        delta = LowRank.delta_rows(self, start, stop, torch.float64)
         return self._cast_error(self._mass(start, stop), delta, dtype)
 
     def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # what is permitted need not be known to more digits than fp32 has
-        left, right = self._narrow
-        delta = left[start:stop] @ right
-        mass = left[start:stop].abs() @ self._narrow_right_size
+        left = self.left_rows(start, stop, torch.float32)
+        delta = self._product(left, start)
+        mass = self._product(left.abs(), start, size=True)
         if dtype in (torch.bfloat16, torch.float16):
             target = self.base_rows(start, stop, torch.float32).add_(delta)
         else:
             target = LowRank.target_rows(self, start, stop, torch.float64)
         tolerance = near_half_ulp(target.float(), dtype).add_(near_half_ulp(delta, dtype), alpha=2)
-        steps = (right.shape[0] + 2) * UNIT32 + 2 * unit(dtype)
+        steps = (self._rank + 2) * UNIT32 + 2 * unit(dtype)
         return target, tolerance.add_(mass, alpha=steps).add_(target.float().abs(), alpha=UNIT32)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
-        base = as_matrix(self.base)[rows, columns].double()
+        base = self.matrix(self.base)[rows, columns].double()
         target = base + delta
         return Points(base, target, self._product_error(mass, target), self._cast_error(mass, delta, dtype))
 
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
-        left, right = self._narrow
-        shape = torch.Size((stop - start, right.shape[1]))
-        base = scratch.floats("base", shape).copy_(as_matrix(self.base)[start:stop])
-        delta = torch.mm(left[start:stop], right, out=scratch.floats("delta", shape))
+        shape = torch.Size((stop - start, self.width))
+        base = scratch.floats("base", shape).copy_(self.matrix(self.base)[start:stop])
+        left = self.left_rows(start, stop, torch.float32)
+        delta = self._product(left, start, out=scratch.floats("delta", shape))
         target = torch.add(base, delta, out=scratch.floats("target", shape))
         largest = magnitude(target)
         # both factors are rounded to fp32, then `rank` products are summed in any order: gamma_(rank + 2) of Higham,
         # Accuracy and Stability of Numerical Algorithms, 3.1; the mass of an element is at most the product of norms
-        steps = (right.shape[0] + 2) * UNIT32
+        steps = (self._rank + 2) * UNIT32
         rows, columns = self._norms
         product = steps / (1 - steps) * float(rows[start:stop].max()) * columns
         return Single(base, delta, target, product + UNIT32 * largest, largest)
 
+    @property
+    def _rank(self) -> int:
+        return self.left.shape[1]
+
+    def _product(
+        self,
+        left: Tensor,
+        start: int,  # noqa: ARG002 - the same for all rows
+        *,
+        size: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rows of a left factor, from `start` on, times what of `right` belongs to them; `size`: its magnitudes."""
+        right = self.right.to(left.dtype)
+        return torch.mm(left, right.abs() if size else right, out=out)
+
     def _product_error(self, mass: Tensor, target: Tensor) -> Tensor:
         # r products and r - 1 sums, one for the scale, each off by one unit of fp32; then the sum with W
-        return (self.right.shape[0] + 2) * UNIT32 * mass + UNIT32 * target.abs()
+        return (self._rank + 2) * UNIT32 * mass + UNIT32 * target.abs()
 
     def _cast_error(self, mass: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
         # a product rounded to 16 bit, scaled and rounded again; and both factors rounded to 16 bit before
         return 2 * half_ulp(delta, dtype) + 2 * unit(dtype) * mass
 
     def _mass(self, start: int, stop: int) -> Tensor:
-        return self.left_rows(start, stop, torch.float64).abs() @ self.right.double().abs()
+        return self._product(self.left_rows(start, stop, torch.float64).abs(), start, size=True)
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows.double() if self.scales is None else rows.double() * self.scales
 
     def _products(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The mass and the update at chosen elements, (n,) each."""
-        products = self._scaled(self.left[rows]) * self.right[:, columns].T.double()  # (n, r)
+        products = self._scaled(self.left[rows]) * self._columns(rows, columns).double()  # (n, r)
         return products.abs().sum(1), products.sum(1)
 
-    @cached_property
-    def _narrow(self) -> tuple[Tensor, Tensor]:
-        """Both factors in fp32."""
-        return self.left_rows(0, self.left.shape[0], torch.float32), self.right.float()
-
-    @cached_property
-    def _narrow_right_size(self) -> Tensor:
-        return self._narrow[1].abs()
+    def _columns(self, rows: Tensor, columns: Tensor) -> Tensor:  # noqa: ARG002 - the same for all rows
+        """The columns of `right` that chosen elements are made with, (n, r)."""
+        return self.right[:, columns].T
 
     @cached_property
     def _norms(self) -> tuple[Tensor, float]:
         """The norm of each row of `left`, and the largest norm of a column of `right`."""
-        return self._scaled(self.left).norm(dim=1), float(self.right.double().norm(dim=0).max())
+        return self._scaled(self.left).norm(dim=1), float(self.right.double().norm(dim=-2).max())
+
+
+@dataclass
+class LowRankStack(LowRank):
+    """A stack of matrices, each with factors of its own: left (matrices * rows, r), right (matrices, r, columns)."""
+
+    @property
+    def rows(self) -> int:
+        return self.left.shape[0]
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        need(tensor)
+        return tensor.flatten(0, -2)
+
+    def _product(self, left: Tensor, start: int, *, size: bool = False, out: Tensor | None = None) -> Tensor:
+        made = left.new_empty(left.shape[0], self.width) if out is None else out
+        each = self.shape[1]
+        stop = start + left.shape[0]
+        for at in range(start // each, -(-stop // each)):
+            rows = slice(max(at * each, start) - start, min((at + 1) * each, stop) - start)
+            right = self.right[at].to(left.dtype)
+            torch.mm(left[rows], right.abs() if size else right, out=made[rows])
+        return made
+
+    def _columns(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.right[rows // self.shape[1], :, columns]
 
 
 @dataclass
@@ -268,7 +332,7 @@ class Dora(LowRank):
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
-        base = as_matrix(self.base)[rows, columns].double()
+        base = self.matrix(self.base)[rows, columns].double()
         factor = self.factor[rows if self.by_row else columns]
         target = (base + delta) * factor
         cast = 4 * half_ulp(target, dtype) + self._cast_error(mass, delta, dtype)
@@ -330,25 +394,27 @@ class Computed(Update):
         self._made = None
 
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return as_matrix(self.merges.target)[start:stop].to(dtype)
+        return self.matrix(self.merges.target)[start:stop].to(dtype)
 
     def product_error(self, start: int, stop: int) -> Tensor:
         single = self.merges.single
         target = self.target_rows(start, stop, torch.float64)
-        return self._product_error(target, None if single is None else as_matrix(single)[start:stop].double())
+        return self._product_error(
+            target, None if single is None else self.matrix(single)[start:stop].double()
+        )
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - fixed by `native`
         native = self.merges.native
         target = self.target_rows(start, stop, torch.float64)
         if native is None:
             return torch.zeros_like(target)
-        return (as_matrix(native)[start:stop].double() - target).abs()
+        return (self.matrix(native)[start:stop].double() - target).abs()
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002
         made = self.merges
-        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, made.target))
+        base, target = (self.matrix(each)[rows, columns].double() for each in (self.base, made.target))
         single, native = (
-            None if each is None else as_matrix(each)[rows, columns].double()
+            None if each is None else self.matrix(each)[rows, columns].double()
             for each in (made.single, made.native)
         )
         cast = torch.zeros_like(target) if native is None else (native - target).abs()
@@ -364,7 +430,7 @@ class Computed(Update):
         """The mean distance of the fp32 merge from the exact one over the whole tensor."""
         made = self.merges
         assert made.single is not None
-        left, right = as_matrix(made.single), as_matrix(made.target)
+        left, right = self.matrix(made.single), self.matrix(made.target)
         step = max(1, (1 << 17) // max(1, left.shape[1]))
         total = 0.0
         for start in range(0, left.shape[0], step):
@@ -382,7 +448,7 @@ class Replaced(Update):
     form: str = "stored whole in the adapter"
 
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return as_matrix(self.value)[start:stop].to(dtype)
+        return self.matrix(self.value)[start:stop].to(dtype)
 
     def product_error(self, start: int, stop: int) -> Tensor:
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))
@@ -391,5 +457,5 @@ class Replaced(Update):
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002 - nothing is added
-        base, target = (as_matrix(each)[rows, columns].double() for each in (self.base, self.value))
+        base, target = (self.matrix(each)[rows, columns].double() for each in (self.base, self.value))
         return Points(base, target, torch.zeros_like(target), torch.zeros_like(target))

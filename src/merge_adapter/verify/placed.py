@@ -18,7 +18,7 @@ from merge_adapter.verify.mutants import Mutant, faulty_rows
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
 from merge_adapter.verify.rounding import rounded
 from merge_adapter.verify.tensors import WeightsPart
-from merge_adapter.verify.weights import Agreement, Ties, blocks
+from merge_adapter.verify.weights import Agreement, Ties, blocks_of
 
 Rounding = Callable[[Update, str, int, int, torch.dtype], Tensor]
 """Rows [start, stop) of an update as a merge in that dtype may hold them."""
@@ -95,9 +95,12 @@ def _known_rows(known: Known) -> Fill:
 def _rows(update: Update, name: str, storage: torch.dtype, how: Rounding) -> Fill:
     """Makes rows of the merged tensor block by block, so that nothing of its size exists in fp64."""
 
+    each = update.rows // max(1, update.shape[0] if update.shape else 1)
+
     def fill(start: int, stop: int, out: Tensor) -> None:
+        start, stop, out = start * each, stop * each, out.view(-1, update.width)
         # always the same blocks, whichever rows are asked for: what is random in them must not depend on that
-        for first, last in blocks(update.shape):
+        for first, last in blocks_of(update):
             low, high = max(first, start), min(last, stop)
             if low < high:
                 rows = how(update, name, first, last, storage)

@@ -109,6 +109,11 @@ def blocks(shape: torch.Size | tuple[int, ...], elements: int = BLOCK_ELEMENTS) 
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def blocks_of(update: Update) -> list[tuple[int, int]]:
+    """The same for the rows of an update."""
+    return blocks((update.rows, update.width))
+
+
 @dataclass
 class _Sums:
     """Running sums over the blocks of one tensor, fp64."""
@@ -173,9 +178,9 @@ def judge_update(
     `screened` False judges every element in fp64, to the same figures.
     """
     sums = _Sums()
-    matrix = as_matrix(merged)
+    matrix = update.matrix(merged)
     suspects: list[Tensor] = []
-    for start, stop in blocks(update.shape):
+    for start, stop in blocks_of(update):
         rows = matrix[start:stop]
         found = None
         if screened and rows.dtype in SCREENED:
