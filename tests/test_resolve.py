@@ -211,3 +211,20 @@ def test_hub_ids_are_read(text: str, expected: Reference) -> None:
 def test_text_that_is_no_reference_is_refused(text: str) -> None:
     with pytest.raises(InputError):
         parse_reference(text, what="adapter")
+
+
+@pytest.mark.parametrize(
+    "text", ["~nobody-of-that-name/x", "x" * 5000, "/" + "x" * 300, "x\0y", "x" * 5000 + ":y"]
+)
+def test_text_that_can_be_no_path_is_refused_wherever_it_stands(
+    text: str, tmp_path: Path, base: Path, unreachable: Hub
+) -> None:
+    """As the adapter, as the base, and in a config, which strangers write."""
+    adapter = make_adapter(tmp_path / "adapter", base_model_name_or_path=text)
+    for request in (
+        SourceRequest((text,)),
+        SourceRequest((str(adapter),), base_model=text),
+        SourceRequest((str(adapter),)),
+    ):
+        with pytest.raises(InputError):
+            resolve(request, hub=unreachable)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_adapter.checkpoint.folder import Folder
+from merge_adapter.checkpoint.folder import Folder, folder_at
 from merge_adapter.checkpoint.lifted import lifted
 from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
 from merge_adapter.methods.combine import check_combination
@@ -141,13 +141,13 @@ def parse_reference(text: str, *, what: str) -> Reference:
 
     Raises NotFoundError for a path that is no folder, InputError for text that is neither path nor id.
     """
-    path = Path(text).expanduser()
-    if text and path.is_dir():
-        return Reference(path.resolve())
+    folder = folder_at(text)
+    if folder is not None:
+        return Reference(folder)
     if text.startswith((".", "/", "~")) or "\\" in text:
-        problem = "is a file, not a folder" if path.exists() else "does not exist"
         raise NotFoundError(
-            f"the {what} folder {text} {problem}", hint="Give the folder that holds its config file."
+            f"the {what} folder {text} does not exist, or is no folder",
+            hint="Give the folder that holds its config file.",
         )
     repo_id, at, revision = text.partition("@")
     if not _REPO_ID.fullmatch(repo_id) or ".." in repo_id or (at and not _valid_revision(revision)):
@@ -204,7 +204,7 @@ def _clean_subfolder(subfolder: str) -> str:
 def split_subfolder(text: str) -> tuple[str, str]:
     """`REFERENCE:SUBFOLDER` in its two parts, the second "" when there is none. An existing folder is no such pair."""
     reference, colon, subfolder = text.rpartition(":")
-    if not colon or not reference or Path(text).expanduser().is_dir():
+    if not colon or not reference or folder_at(text) is not None:
         return text, ""
     if not subfolder.strip("/"):
         raise InputError(

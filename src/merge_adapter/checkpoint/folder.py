@@ -14,6 +14,18 @@ _SKIPPED = frozenset({".git", ".cache", "__pycache__"})
 """Folders that are bookkeeping, never part of a model."""
 
 
+def folder_at(text: str, *, start: Path = Path()) -> Path | None:
+    """The folder of this machine that `text` names from `start`, links followed; None where it names none.
+
+    Text that can be no path names none either: strangers write it.
+    """
+    try:
+        path = start / Path(text).expanduser()
+        return path.resolve() if text and path.is_dir() else None
+    except (OSError, RuntimeError):  # longer than a name may be; the home of a user who is not known
+        return None
+
+
 class Folder(Repository):
     """The files of a local folder below `subfolder`.
 

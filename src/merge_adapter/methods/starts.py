@@ -8,9 +8,9 @@ than the one it names is given, which is then taken to be the changed one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.checkpoint.folder import folder_at
 from merge_adapter.errors import BaseModelError, MethodError
 from merge_adapter.methods.change import Change, RowChange, Weights
 from merge_adapter.methods.lora_arithmetic import LowRank
@@ -73,7 +73,7 @@ def is_named(adapter: Adapter, base: BaseModel) -> bool:
         return True  # nothing to tell it from
     if origin.repo_id is not None:
         return origin.repo_id.lower() == named.lower()
-    return origin.folder is not None and origin.folder.resolve() == Path(named).expanduser().resolve()
+    return origin.folder is not None and origin.folder.resolve() == folder_at(named)
 
 
 def check_residual(adapter: Adapter, changes: Iterable[Change], base: Weights, factors: Weights) -> None:
