@@ -398,6 +398,20 @@ def test_licences_of_both_come_along(tmp_path: Path) -> None:
     assert written == {"LICENSE": "base", "NOTICE.txt": "notice", "adapter-LICENSE": "adapter"}
 
 
+@pytest.mark.parametrize("owner", ["adapter", "base"])
+def test_a_pointer_is_never_taken_for_the_file(owner: str, tmp_path: Path) -> None:
+    """A checkout without Git LFS: what lies deeper than the weights would be published as three lines of text."""
+    modules = [{"path": ""}, {"path": "2_Dense"}]
+    base = folder_with(tmp_path / "base", modules__json=modules)
+    adapter = folder_with(tmp_path / "adapter", modules__json=modules)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    folder_with(tmp_path / owner / "2_Dense", model__safetensors=pointer)
+    with pytest.raises(
+        MalformedError, match=rf"2_Dense/model\.safetensors of .*{owner} is a Git LFS pointer"
+    ):
+        run(bare_sources(adapter, base, None), tmp_path / "out")
+
+
 def test_broken_json_names_file_and_repository(tmp_path: Path) -> None:
     """An unreadable config says which file of whom."""
     base = folder_with(tmp_path / "base", generation_config__json="{")

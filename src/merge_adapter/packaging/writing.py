@@ -16,6 +16,8 @@ _BLOCK = 1 << 20
 """Bytes copied at once."""
 _LARGEST = 4 << 30
 """Bytes of one copied file at most: these are tokenizers and module weights, not models."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a Git LFS pointer begins, which a checkout without LFS has in place of a file."""
 _LONGEST_NAME = 200
 """Characters of one part of a path; file systems end at 255 bytes."""
 
@@ -60,7 +62,10 @@ class Writer:
         return path in self._files or path in self._taken
 
     def copy(self, repository: Repository, path: str, *, source: str, target: str = "") -> None:
-        """Copy a file byte for byte to `target` (its own path when empty)."""
+        """Copy a file byte for byte to `target` (its own path when empty).
+
+        Raises MalformedError for one that is too large, and for a Git LFS pointer.
+        """
         target = safe_path(target or path, of=str(repository.origin))
         if self.has(target):
             return
@@ -73,6 +78,12 @@ class Writer:
         size = 0
         with repository.local(path).open("rb") as read, place.open("wb") as write:
             while block := read.read(_BLOCK):
+                if not size and block.startswith(_POINTER):
+                    raise MalformedError(
+                        f"{path} of {repository.origin} is a Git LFS pointer: the text that stands for a file not yet "
+                        "downloaded",
+                        hint="Run git lfs pull there, or download the repository with the hf command.",
+                    )
                 digest.update(block)
                 size += len(block)
                 write.write(block)
