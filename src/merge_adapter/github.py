@@ -7,7 +7,7 @@ are only ever edited where this token's own account wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter import __version__
-from merge_adapter.errors import GitHubError, InputError
+from merge_adapter.errors import GitHubError, InputError, MergeAdapterError
 from merge_adapter.types import Operation
 
 if TYPE_CHECKING:
+    from github.File import File
     from github.GitRelease import GitRelease
     from github.Issue import Issue
 
@@ -34,6 +35,9 @@ _TITLE_LIMIT = 140
 """Characters of a commit status's description, which is also a readable length for a title."""
 _LOOK_BACK = 300
 """Open issues and comments looked through for the marker, newest issues first."""
+_COMPARED_FILES = 300
+_PULL_REQUEST_FILES = 3000
+"""Changed files that GitHub lists of two commits, of a pull request; it does not say that there are more."""
 _TIMEOUT = 30
 """Seconds without an answer."""
 
@@ -223,14 +227,14 @@ class GitHub:
             return str(release.html_url)
 
     def changed_between(self, base: str, head: str) -> tuple[str, ...]:
-        """Paths of the files that differ between two commits (GitHub lists 3,000 at most)."""
+        """Paths of the files that `head` changes since it left `base`. GitHubError where GitHub does not list all."""
         with _calling("compare commits", "contents: read"):
-            return tuple(file.filename for file in self._repo.compare(base, head).files)
+            return _paths(self._repo.compare(base, head).files, most=_COMPARED_FILES)
 
     def changed_in_pull_request(self, number: int) -> tuple[str, ...]:
-        """Paths of the files that a pull request changes (GitHub lists 3,000 at most)."""
+        """Paths of the files that a pull request changes. GitHubError where GitHub does not list all."""
         with _calling("list the files of the pull request", "pull-requests: read"):
-            return tuple(file.filename for file in self._repo.get_pull(number).get_files())
+            return _paths(self._repo.get_pull(number).get_files(), most=_PULL_REQUEST_FILES)
 
     def dispatch(self, event_type: str, payload: dict[str, Any]) -> None:
         """Start the repository's workflows that listen to `repository_dispatch` with this type.
@@ -293,6 +297,16 @@ class GitHub:
         ]
 
 
+def _paths(files: Iterable[File], *, most: int) -> tuple[str, ...]:
+    """Each file's path, and the one it had before where it was renamed."""
+    listed = list(files)
+    if len(listed) >= most:
+        raise GitHubError(f"GitHub lists {most} changed files and no more, and there may be more")
+    return tuple(
+        path for file in listed for path in (file.filename, file.previous_filename) if isinstance(path, str)
+    )
+
+
 def _download(url: str, name: str, limit: int) -> bytes:
     """What lies at an address that GitHub signed."""
     import requests
@@ -343,13 +357,22 @@ def _calling(doing: str, permission: str) -> Iterator[None]:
         if error.status in (403, 404) and "rate limit" not in _said(error).lower():
             raise PermissionMissing(doing, permission) from error
         raise GitHubError(
-            f"GitHub refused to {doing}: {error.status} {_said(error)}",
+            f"GitHub refused to {doing}: {error.status} {_said(error)}".rstrip(),
             hint="Run the job again; if GitHub says so again, the message tells which request it does not accept.",
         ) from error
     except requests.RequestException as error:
         raise GitHubError(
             f"GitHub could not be reached to {doing}: {type(error).__name__}",
             hint="Run the job again when it is back.",
+        ) from error
+    except MergeAdapterError:
+        raise
+    except (
+        Exception
+    ) as error:  # the client takes answers apart unlooked at: a proxy's page ends as a TypeError
+        raise GitHubError(
+            f"GitHub's answer to the request to {doing} is not what its API describes: {type(error).__name__}",
+            hint="Run the job again; if it says so again, is GITHUB_API_URL the address of GitHub's API?",
         ) from error
 
 
@@ -358,4 +381,4 @@ def _said(error: Any) -> str:
     data = error.data
     message = data.get("message") if isinstance(data, dict) else data
     details = data.get("errors") if isinstance(data, dict) else None
-    return f"{message}" + (f" ({details})"[:300] if details else "")
+    return str(message or "") + (f" ({details})"[:300] if details else "")

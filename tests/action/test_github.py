@@ -177,6 +177,13 @@ def test_changed_files_come_from_commits_and_from_pull_requests(github: GitHub, 
     assert github.changed_in_pull_request(7) == ("file1.txt",)
 
 
+def test_a_renamed_file_changed_in_both_places(github: GitHub, github_api: Any) -> None:
+    """An adapter that a file was taken away from is another one, too."""
+    files = [{"filename": "new/a.json", "previous_filename": "old/a.json", "status": "renamed"}]
+    github_api.answer("GET", r"/repos/.*/pulls/7/files", 200, files)
+    assert github.changed_in_pull_request(7) == ("new/a.json", "old/a.json")
+
+
 def test_a_dispatch_starts_the_workflow(github: GitHub, github_api: Any) -> None:
     github_api.answer("POST", "/repos/octocat/adapters/dispatches", 204)
     github.dispatch("merge-adapter", {"adapter": "acme/adapter", "revision": SHA})
@@ -215,6 +222,24 @@ def test_other_refusals_carry_what_github_said(github: GitHub, github_api: Any) 
         github.check(SHA, CHECK)
     assert not isinstance(caught.value, PermissionMissing)
     assert "ghs_token" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, b"<html>Sign in</html>", "is not what its API describes"),
+        (200, [1], "is not what its API describes"),
+        (404, b"<html>Not here</html>", "may not comment"),
+        (422, b"<html>Not this</html>", "refused to comment on the pull request: 422$"),
+    ],
+)
+def test_an_answer_that_is_not_githubs_is_an_error_of_ours(
+    github: GitHub, github_api: Any, status: int, body: Any, said: str
+) -> None:
+    """A proxy's page in place of JSON: GitHub cannot be told, and the merge stands all the same."""
+    github_api.answer("GET", r".*/issues/7/comments", status, body)
+    with pytest.raises(GitHubError, match=said):
+        github.comment(7, MARKER, "x")
 
 
 def test_the_token_is_not_in_what_is_shown(github: GitHub) -> None:
