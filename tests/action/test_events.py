@@ -55,11 +55,16 @@ def pull_request(
 
 
 def test_a_push_asks_for_what_changed_and_reports_on_its_commit() -> None:
-    assert trigger("push", push()) == Trigger("push", Changed(BASE, HEAD, trunk="main"), sha=HEAD)
+    assert trigger("push", push()) == Trigger("push", Changed(BASE, HEAD), sha=HEAD)
 
 
-def test_a_new_branch_has_no_commit_before_it() -> None:
-    assert trigger("push", push(before=ZERO, created=True)).wanted == Changed(None, HEAD, trunk="main")
+@pytest.mark.parametrize(
+    ("ref", "trunk"), [("refs/heads/patch", "main"), ("refs/heads/main", None), ("refs/tags/v1", None)]
+)
+def test_a_new_branch_is_compared_with_the_default_branch(ref: str, trunk: str | None) -> None:
+    """It has no commit before it. The default branch itself and a tag have nothing to be compared with."""
+    event = push(ref=ref, before=ZERO, created=True)
+    assert trigger("push", event).wanted == Changed(None, HEAD, trunk=trunk)
 
 
 def test_a_deleted_branch_is_nothing_to_do() -> None:
@@ -75,6 +80,16 @@ def test_a_pull_request_of_the_repository_itself() -> None:
 @pytest.mark.parametrize("head_repo", [FORK, None], ids=["fork", "fork deleted since"])
 def test_a_pull_request_from_a_fork_is_known_as_one(head_repo: dict[str, Any] | None) -> None:
     assert trigger("pull_request", pull_request(head_repo)).from_fork
+
+
+@pytest.mark.parametrize(("head", "expected"), [(FORK, True), (None, True), (REPOSITORY, False)])
+def test_whatever_event_brings_the_code_of_a_fork_it_is_known_as_one(
+    head: dict[str, Any] | None, expected: bool
+) -> None:
+    """A review carries the pull request; `workflow_run` has the secrets, whoever's commit it follows."""
+    run = {"action": "completed", "workflow_run": {"head_repository": head}, "repository": REPOSITORY}
+    assert trigger("pull_request_review", pull_request(head)).from_fork is expected
+    assert trigger("workflow_run", run).from_fork is expected
 
 
 def test_a_closed_pull_request_is_nothing_to_do() -> None:
@@ -122,7 +137,7 @@ def test_the_bots_dispatch_carries_its_options() -> None:
             "base_model": "acme/base",
             "private": True,
             "license": None,
-            "combine-with": "acme/two@v1\nacme/three",
+            "combine-with": "acme/two@v1:last\nacme/three",
             "weights": "1\n-0.5\n2",
             "density": 0.5,
         },
@@ -131,7 +146,7 @@ def test_the_bots_dispatch_carries_its_options() -> None:
     assert isinstance(wanted, Named)
     assert dict(wanted.inputs) == {
         "base-model": "acme/base",
-        "combine-with": "acme/two@v1\nacme/three",
+        "combine-with": "acme/two@v1:last\nacme/three",
         "density": "0.5",
         "dtype": "bfloat16",
         "private": "true",
@@ -153,11 +168,30 @@ def test_the_bots_dispatch_carries_its_options() -> None:
         {"combine_with": "acme/two\n/models/secret"},
         {"combine_with": "../secret"},
         {"dtype": ["float32"]},
+        {"subfolder": "one", "sub_folder": "two"},
+        {"target-repo": "acme/one", "target_repo": "acme/two"},
+        ["dtype"],
+        "dtype",
     ],
 )
-def test_a_dispatch_cannot_widen_trust(options: dict[str, Any]) -> None:
+def test_a_dispatch_cannot_widen_trust_or_say_what_is_not_understood(options: Any) -> None:
     with pytest.raises(InputError, match="the event"):
         trigger("repository_dispatch", {"client_payload": {"adapter": "acme/x", "options": options}})
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ({"options": {"subfolder": "one"}}, (("subfolder", "one"),)),
+        ({"options": {"subfolder": "one"}, "subfolder": ""}, (("subfolder", "one"),)),
+        ({"options": {"subfolder": "one"}, "subfolder": "one"}, (("subfolder", "one"),)),
+        ({"subfolder": "one"}, (("subfolder", "one"),)),
+        ({"subfolder": None, "options": None, "revision": ""}, ()),
+    ],
+)
+def test_a_subfolder_counts_wherever_the_payload_says_it(payload: dict[str, Any], expected: Any) -> None:
+    wanted = trigger("repository_dispatch", {"client_payload": {"adapter": "acme/x"} | payload}).wanted
+    assert wanted == Named(("acme/x",), hub_only=True, inputs=expected)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +216,9 @@ def test_a_dispatch_names_nothing_but_the_hub(payload: dict[str, Any]) -> None:
 def test_what_a_person_typed_into_the_form_counts() -> None:
     assert trigger("workflow_dispatch", {"inputs": {"adapter": " ./adapters/one "}}).wanted == Named(
         ("./adapters/one",)
+    )
+    assert trigger("workflow_dispatch", {"inputs": {"adapter": "acme/one, acme/two"}}).wanted == Named(
+        ("acme/one", "acme/two")
     )
     assert trigger("workflow_dispatch", {"inputs": None}).wanted == Named()
 
@@ -210,7 +247,7 @@ def test_payloads_that_github_never_sends_are_refused(name: str, event: dict[str
 
 
 def test_a_hostile_default_branch_is_not_used() -> None:
-    event = push(before=ZERO, repository=REPOSITORY | {"default_branch": "--exec=x"})
+    event = push(ref="refs/heads/patch", before=ZERO, repository=REPOSITORY | {"default_branch": "--exec=x"})
     assert trigger("push", event).wanted == Changed(None, HEAD)
 
 

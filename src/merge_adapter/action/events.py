@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge_adapter.action.inputs import split_lines
 from merge_adapter.action.runner import Runner
 from merge_adapter.errors import InputError, PolicyError
 
@@ -60,12 +61,12 @@ class Changed:
     """Adapters of the workspace that differ between two commits."""
 
     base: str | None
-    """The commit before; None when the event has none, as on a new branch."""
+    """The commit before; None when the event has none, as on a new ref."""
     head: str
     pull_request: int | None = None
     """Compare as a pull request does: what its branch added since it left `base`."""
     trunk: str | None = None
-    """The default branch, which a new branch is compared with."""
+    """The default branch, which a new branch is compared with; None for a tag, and for the default branch itself."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def read_trigger(runner: Runner) -> Trigger:
             hint="Use `on: pull_request`; from forks the adapter is merged and verified, and nothing is published.",
         )
     reader = _READERS.get(name)
-    return reader(event, runner) if reader else Trigger(name, Named())
+    return reader(event, runner) if reader else Trigger(name, Named(), from_fork=_from_fork(event))
 
 
 def _push(event: Mapping[str, Any], runner: Runner) -> Trigger:
@@ -122,18 +123,24 @@ def _push(event: Mapping[str, Any], runner: Runner) -> Trigger:
     head = _sha(event.get("after"), "after") or _sha(runner.sha, "GITHUB_SHA")
     if head is None:
         raise InputError("the push event has no `after` and GITHUB_SHA is not set")
-    repository = event.get("repository")
-    trunk = repository.get("default_branch") if isinstance(repository, dict) else None
-    if not isinstance(trunk, str) or not _REVISION.fullmatch(trunk) or ".." in trunk:
-        trunk = None
-    return Trigger("push", Changed(_sha(event.get("before"), "before"), head, trunk=trunk), sha=head)
+    before = _sha(event.get("before"), "before")
+    return Trigger("push", Changed(before, head, trunk=None if before else _trunk(event)), sha=head)
+
+
+def _trunk(event: Mapping[str, Any]) -> str | None:
+    """The default branch, for a push of another branch."""
+    ref, repository = event.get("ref"), event.get("repository")
+    name = repository.get("default_branch") if isinstance(repository, dict) else None
+    if not isinstance(name, str) or not _REVISION.fullmatch(name) or ".." in name:
+        return None
+    is_other_branch = isinstance(ref, str) and ref.startswith("refs/heads/") and ref != f"refs/heads/{name}"
+    return name if is_other_branch else None
 
 
 def _pull_request(event: Mapping[str, Any], runner: Runner) -> Trigger:  # noqa: ARG001  # one shape for all
     pull = _object(event, "pull_request")
     base, head = _object(pull, "base"), _object(pull, "head")
     number = _number(pull, "number")
-    from_fork = _repository(head) != _repository(base)
     if event.get("action") == "closed":
         return Trigger("pull_request", Nothing("The pull request was closed."))
     head_sha = _sha(head.get("sha"), "pull_request.head.sha")
@@ -145,7 +152,7 @@ def _pull_request(event: Mapping[str, Any], runner: Runner) -> Trigger:  # noqa:
         Changed(base_sha, head_sha, pull_request=number),
         sha=head_sha,
         pull_request=number,
-        from_fork=from_fork,
+        from_fork=_from_fork(event),
     )
 
 
@@ -175,8 +182,7 @@ def _workflow_dispatch(event: Mapping[str, Any], runner: Runner) -> Trigger:  # 
     """Typed in by a person who may write to the repository: anything that the input adapter takes."""
     inputs = event.get("inputs")
     adapter = inputs.get("adapter") if isinstance(inputs, dict) else None
-    named = (adapter.strip(),) if isinstance(adapter, str) and adapter.strip() else ()
-    return Trigger("workflow_dispatch", Named(named))
+    return Trigger("workflow_dispatch", Named(split_lines(adapter) if isinstance(adapter, str) else ()))
 
 
 def _schedule(event: Mapping[str, Any], runner: Runner) -> Trigger:  # noqa: ARG001
@@ -200,7 +206,7 @@ def _reference(adapter: object, revision: object) -> str:
             f"the event names {adapter!r} as the adapter, expected a Hub id, owner/name",
             hint="An event can only name adapters of the Hub; for a folder use the input adapter.",
         )
-    if revision is None:
+    if revision in (None, ""):
         return adapter
     if not isinstance(revision, str) or not _REVISION.fullmatch(revision) or ".." in revision:
         raise InputError(
@@ -211,30 +217,42 @@ def _reference(adapter: object, revision: object) -> str:
 
 def _inputs(payload: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """The inputs among `subfolder` and `options`; what decides about trust is the workflow's alone."""
-    options = payload.get("options")
-    given = {**(options if isinstance(options, dict) else {}), "subfolder": payload.get("subfolder")}
-    found = []
-    for key, value in sorted(given.items()):
-        name = str(key).replace("_", "-")
+    options = payload.get("options") or {}
+    if not isinstance(options, dict):
+        raise InputError(f"the event's options are a {type(options).__name__}, expected a JSON object")
+    found: dict[str, str] = {}
+    for key, value in (*sorted(options.items()), ("subfolder", payload.get("subfolder"))):
+        name = key.replace("_", "-")
         if value is None or value == "":
             continue
-        if name not in _OPTIONS or not isinstance(value, str | bool | int | float):
+        if name not in _OPTIONS:
             raise InputError(
                 f"the event sets {name!r}, which is not for an event to set",
                 hint=f"client_payload.options may hold: {', '.join(sorted(_OPTIONS))}.",
+            )
+        if not isinstance(value, str | bool | int | float):
+            raise InputError(
+                f"the event sets {name} to a {type(value).__name__}, expected text, a number, true or false",
+                hint="Several values are one text with a line for each.",
             )
         if name == "base-model" and not _HUB_ID.fullmatch(str(value)):
             raise InputError(f"the event names {value!r} as the base model, expected a Hub id, owner/name")
         if name == "combine-with":
             value = "\n".join(_more(line) for line in str(value).splitlines() if line.strip())
-        found.append((name, str(value).lower() if isinstance(value, bool) else str(value)))
-    return tuple(found)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if found.setdefault(name, text) != text:
+            raise InputError(
+                f"the event sets {name} twice, to {found[name]!r} and to {text!r}",
+                hint="Keep one of the two.",
+            )
+    return tuple(found.items())
 
 
 def _more(line: str) -> str:
-    """One more adapter, `owner/name` or `owner/name@revision`."""
-    name, at, revision = line.strip().partition("@")
-    return _reference(name, revision if at else None)
+    """One more adapter, `owner/name` or `owner/name@revision`, with `:subfolder` or without."""
+    reference, colon, subfolder = line.strip().partition(":")
+    name, _, revision = reference.partition("@")
+    return f"{_reference(name, revision)}{colon}{subfolder}"
 
 
 def _sha(value: object, field: str) -> str | None:
@@ -260,7 +278,21 @@ def _number(of: Mapping[str, Any], field: str) -> int:
     return value
 
 
-def _repository(side: Mapping[str, Any]) -> object:
-    """owner/name of one side of a pull request; a fork that was deleted since has none, and stays a fork."""
-    repository = side.get("repo")
+def _from_fork(event: Mapping[str, Any]) -> bool:
+    """Whether the event is about code of another repository: a review or a `workflow_run` may be, too.
+
+    A fork that was deleted since has no name, and stays a fork.
+    """
+    pull, run = event.get("pull_request"), event.get("workflow_run")
+    if isinstance(pull, dict):
+        theirs, ours = _full_name(pull.get("head"), "repo"), _full_name(pull.get("base"), "repo")
+    elif isinstance(run, dict):
+        theirs, ours = _full_name(run, "head_repository"), _full_name(event, "repository")
+    else:
+        return False
+    return theirs is None or theirs != ours
+
+
+def _full_name(of: object, field: str) -> object:
+    repository = of.get(field) if isinstance(of, dict) else None
     return repository.get("full_name") if isinstance(repository, dict) else None

@@ -132,13 +132,14 @@ def read_inputs(
     given = _given(os.environ if environment is None else environment) | dict(instead)
     _check_names(given)
     inputs = Inputs(
-        adapters=tuple(_lines(given, "adapter")),
+        adapters=split_lines(given.get("adapter", "")),
         base_model=given.get("base-model"),
         base_revision=given.get("base-revision"),
         subfolder=given.get("subfolder", ""),
-        combine_with=tuple(_lines(given, "combine-with")),
+        combine_with=split_lines(given.get("combine-with", "")),
         weights=tuple(
-            parse_number(text, what="a line of the input weights") for text in _lines(given, "weights")
+            parse_number(text, what="a line of the input weights")
+            for text in split_lines(given.get("weights", ""))
         ),
         combination=_combination(given),
         path=given.get("path", "."),
@@ -267,9 +268,9 @@ def _combination(given: Mapping[str, str]) -> Combination:
     )
 
 
-def _lines(given: Mapping[str, str], name: str) -> list[str]:
+def split_lines(text: str) -> tuple[str, ...]:
     """One value a line; commas are accepted too, since no Hub id holds one."""
-    return [part.strip() for part in re.split(r"[\n,]", given.get(name, "")) if part.strip()]
+    return tuple(part.strip() for part in re.split(r"[\n,]", text) if part.strip())
 
 
 def _choice(given: Mapping[str, str], name: str, default: Choice) -> Choice:
@@ -302,7 +303,7 @@ def _device(given: Mapping[str, str]) -> str:
 
 
 def _owners(given: Mapping[str, str]) -> tuple[str, ...]:
-    patterns = tuple(_lines(given, "allow-base"))
+    patterns = split_lines(given.get("allow-base", ""))
     for pattern in patterns:
         if not _OWNER_PATTERN.fullmatch(pattern):
             raise InputError(f"allow-base has {pattern!r}, expected OWNER/* or OWNER/NAME on each line")
