@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
-from merge_adapter.action.candidates import Candidate, check_base
-from merge_adapter.action.changes import adapter_folders, changed_adapters, resolve_pointers
+from merge_adapter.action.candidates import Candidate, folders_read
+from merge_adapter.action.changes import adapter_folders, changed_adapters, resolve_pointers, took_all_away
 from merge_adapter.action.events import Changed
 from merge_adapter.action.inputs import Inputs
-from merge_adapter.errors import InputError, NotFoundError, PolicyError
+from merge_adapter.errors import InputError, PolicyError
 from merge_adapter.github import GitHub
 
 POINTER = (
@@ -66,8 +67,7 @@ def test_adapters_are_found_below_a_folder(workspace: Path) -> None:
         PurePosixPath("adapters/two/checkpoint-10"),
     )
     assert adapter_folders(workspace, "adapters/one") == (PurePosixPath("adapters/one"),)
-    with pytest.raises(NotFoundError):
-        adapter_folders(workspace, "elsewhere")
+    assert adapter_folders(workspace, "elsewhere") == ()
     with pytest.raises(PolicyError, match="outside the workspace"):
         adapter_folders(workspace, "../..")
 
@@ -99,12 +99,16 @@ def test_a_new_branch_is_compared_with_the_default_branch(
     assert changed(workspace, Changed(None, weights, trunk="main")) == ["adapters/one"]
 
 
-def test_without_anything_to_compare_with_every_adapter_counts(
+def test_a_new_branch_that_adds_nothing_changes_nothing(
     workspace: Path, history: list[str], git: Callable[..., str]
 ) -> None:
-    """A tag on the default branch, and the first push of that branch itself."""
     git("update-ref", "refs/remotes/origin/main", history[2])
-    assert changed(workspace, Changed(None, history[2], trunk="main")) == ["adapters/one", "adapters/two"]
+    assert changed(workspace, Changed(None, history[2], trunk="main")) == []
+    assert changed(workspace, Changed(None, history[1], trunk="main")) == []
+
+
+def test_without_anything_to_compare_with_every_adapter_counts(workspace: Path, history: list[str]) -> None:
+    """A tag, and the first push of the default branch."""
     assert changed(workspace, Changed(None, history[2])) == ["adapters/one", "adapters/two"]
 
 
@@ -114,6 +118,22 @@ def test_a_deleted_adapter_is_not_merged(
     git("rm", "--quiet", "-r", "adapters/one")
     git("commit", "--quiet", "-m", "gone")
     assert changed(workspace, Changed(history[0], git("rev-parse", "HEAD"))) == []
+
+
+def test_that_the_last_adapter_was_removed_is_no_error(
+    workspace: Path, history: list[str], git: Callable[..., str]
+) -> None:
+    """A path that never held one still is: nothing would ever be merged, and nobody told."""
+    git("rm", "--quiet", "-r", "adapters")
+    git("commit", "--quiet", "-m", "gone")
+    what = Changed(history[2], git("rev-parse", "HEAD"))
+    assert took_all_away(workspace, "adapters", what, None)
+    assert took_all_away(workspace, "./adapters/one/", what, None)
+    assert took_all_away(workspace, ".", what, None)
+    assert not took_all_away(workspace, "adaptors", what, None)
+    assert not took_all_away(workspace, "adapters", Changed(None, what.head), None), "a new tag"
+    shutil.rmtree(workspace / ".git")
+    assert not took_all_away(workspace, "adapters", what, None), "never checked out"
 
 
 def test_an_adapter_at_the_root_changes_with_its_own_files(workspace: Path, git: Callable[..., str]) -> None:
@@ -160,6 +180,22 @@ def test_a_shallow_checkout_asks_github(
     github_api.answer("GET", "/repos/.*/pulls/7/files", 200, files)
     missing = "1" * 40
     assert changed(shallow, Changed(missing, missing, pull_request=7), github) == ["adapters/two"]
+
+
+def test_a_list_of_changes_that_github_cut_short_is_not_trusted(
+    workspace: Path, history: list[str], git: Callable[..., str], github_api: Any, tmp_path: Path
+) -> None:
+    """An adapter beyond the end of the list would be left out without a word."""
+    shallow = tmp_path / "shallow"
+    git("clone", "--quiet", "--depth=1", workspace.as_uri(), str(shallow))
+    files = [{"filename": f"docs/{number}", "status": "modified"} for number in range(300)]
+    github_api.answer(
+        "GET", "/repos/octocat/adapters/compare/.*", 200, {"url": f"{github_api.url}/x", "files": files}
+    )
+    github = GitHub("ghs_token", "octocat/adapters", api_url=github_api.url)
+    with pytest.raises(InputError, match="GitHub lists 300 changed files and no more") as caught:
+        changed(shallow, Changed(history[1], history[2]), github)
+    assert "fetch-depth: 0" in caught.value.hint
 
 
 def test_a_pointer_in_place_of_weights_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,12 +273,47 @@ def test_a_base_outside_of_the_repository_is_refused(
     outside.mkdir()
     (workspace / "base").mkdir()
     (workspace / "out").symlink_to(outside)
-    one = Candidate("./one", PurePosixPath("one"))
-    for named in (str(outside), "../../base", "out"):
+    adapter(workspace / "two", base="acme/base")
+    ways = (
+        (Candidate("./one", PurePosixPath("one")), Inputs()),
+        (Candidate(".", PurePosixPath()), Inputs(subfolder="one")),
+        (Candidate("./two", PurePosixPath("two")), Inputs(combine_with=("one",))),
+        (Candidate("./two", PurePosixPath("two")), Inputs(combine_with=(".:one",))),
+    )
+    for named in (str(outside), "../../base", "out", "~root"):
         adapter(workspace / "one", base=named)
-        with pytest.raises(PolicyError) as caught:
-            check_base(one, Inputs(), workspace)
-        assert "base-model" in caught.value.hint
-        check_base(one, Inputs(base_model=str(outside)), workspace)
-    adapter(workspace / "one", base="base")
-    check_base(one, Inputs(), workspace)
+        for one, inputs in ways:
+            with pytest.raises(PolicyError) as caught:
+                folders_read(one, inputs, workspace)
+            assert "base-model" in caught.value.hint
+            folders_read(one, replace(inputs, base_model=str(outside)), workspace)
+    shutil.rmtree(workspace / "two")
+    with pytest.raises(PolicyError):
+        folders_read(Candidate(".", PurePosixPath()), Inputs(), workspace)
+
+
+def test_everything_that_a_merge_reads_in_the_workspace_is_known(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that pointers are fetched and links refused there, wherever adapters and base are named."""
+    monkeypatch.chdir(workspace)
+    for name in ("base", "other"):
+        (workspace / name).mkdir()
+    adapter(workspace / "adapters/one", base="base")
+    adapter(workspace / "adapters/two", base="acme/on-the-hub")
+    adapter(tmp_path / "elsewhere", base="base")
+
+    def read(reference: str, inputs: Inputs = Inputs(), **candidate: Any) -> list[str]:
+        return [str(path) for path in folders_read(Candidate(reference, **candidate), inputs, workspace)]
+
+    assert read("./adapters/one") == ["adapters/one", "base"]
+    assert read("./adapters/two") == ["adapters/two"]
+    assert read("./adapters", Inputs(subfolder="two")) == ["adapters/two"]
+    assert read("./adapters/two", Inputs(combine_with=("adapters:one", "acme/three"))) == [
+        "adapters/two", "adapters/one", "base"
+    ]  # fmt: skip
+    assert read("./adapters/one", Inputs(base_model="other")) == ["adapters/one", "other"]
+    assert read("acme/lora", Inputs(base_model="other"), hub_only=True) == ["other"]
+    assert read("base", hub_only=True) == [], "an id of the Hub, whatever lies here"
+    assert read(str(tmp_path / "elsewhere")) == [], "the workflow's author named it"
+    assert read("./adapters/one", Inputs(base_model="x" * 5000)) == ["adapters/one"]

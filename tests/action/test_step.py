@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, get_session
+from transformers import AutoModelForCausalLM
 
 from merge_adapter.action.candidates import Candidate, find_candidates
 from merge_adapter.action.events import Named, Trigger
@@ -334,6 +335,40 @@ def test_a_release_carries_report_and_card(
     assert "./adapter" in edited.body["body"]
 
 
+def test_a_release_within_a_disk_budget_carries_report_and_card_too(
+    act: Callable[..., Any],
+    github_api: Any,
+    hub: Any,
+    tokens: dict[str, str],
+    ada: HfApi,
+    workspace: Path,
+    lm_base: Path,
+    lm_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    """Shards only pass through, so no merged folder is left: page and card come from where it was published."""
+    sharded = tmp_path / "sharded"
+    shutil.copytree(lm_base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(lm_base).save_pretrained(sharded, max_shard_size="300KB")
+    ada.create_repo("ada/action-sharded-base")
+    ada.upload_folder(repo_id="ada/action-sharded-base", folder_path=sharded)
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    event = {"action": "published", "release": {"id": 1, "tag_name": "v1"}, "repository": REPOSITORY}
+    step = act(
+        "release",
+        event,
+        inputs=UNVERIFIED
+        | {"base-model": "ada/action-sharded-base", "hf-token": tokens["ada"], "github-token": "ghs_x"}
+        | {"target-repo": "ada/{name}-released", "path-in-repo": "v1", "disk-budget": "7MB"},
+        env={"HF_ENDPOINT": hub.url, "GITHUB_API_URL": github_api.url},
+    )
+    assert step.code == 0, step.log
+    assert "pass through" in step.log
+    assert len(github_api.sent("POST", r"/repos/.*/releases/\d+/assets")) == 3
+    card = (step.workspace / "merge-adapter-report/adapter/README.md").read_text()
+    assert "ada/adapter-released" in card
+
+
 def test_a_schedule_catches_up_and_opens_an_issue_for_what_fails(
     act: Callable[..., Any],
     github_api: Any,
@@ -377,6 +412,7 @@ def test_nothing_to_do_is_no_failure(act: Callable[..., Any], adapters_in_worksp
 NO_START = {
     "an unknown value": ("push", {}, {"publish": "later"}, 2, "expected one of: pull-request, new-repo, none"),
     "a GPU that is not there": ("push", {}, {"device": "cuda", "publish": "none"}, 2, "--gpus all"),
+    "an output elsewhere": ("push", {}, {"output": "../elsewhere", "publish": "none"}, 6, "outside the workspace"),
     "pull_request_target": ("pull_request_target", {}, {"publish": "none"}, 6, "on: pull_request"),
     "no token": ("repository_dispatch", {"client_payload": {"adapter": "a/b"}}, {}, 2, "Trusted Publisher"),
     "no adapter": ("schedule", {}, {"publish": "none"}, 2, "the input watch"),
@@ -408,6 +444,29 @@ def test_a_merge_over_the_disk_budget_is_refused_before_it_begins(
     step = act(inputs={"adapter": "adapter", "base-model": "base", "publish": "none", "disk-budget": "1MB"})
     assert step.code == 2
     assert "more than the disk budget of 1.0 MB" in step.results[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "place"),
+    [
+        ({"target-repo": "acme/{name}-merged"}, "acme/lora-merged"),
+        ({"target-repo": "acme/all", "path-in-repo": "{name}"}, "acme/all/lora"),
+        ({"target-repo": "acme/one"}, "acme/one"),
+        ({}, "/lora-merged"),
+        ({"adapter": "acme/lora@v1, Acme/LoRA@v2"}, "Acme/LoRA-merged"),
+    ],
+    ids=["one name", "one folder", "no name", "by default", "two commits"],
+)
+def test_no_two_adapters_are_published_to_one_place(
+    act: Callable[..., Any], workspace: Path, lm_adapter: Path, inputs: dict[str, str], place: str
+) -> None:
+    """The second would take the first one's place in its pull request, and both be told as published."""
+    for run in ("monday", "tuesday"):
+        shutil.copytree(lm_adapter, workspace / run / "lora")
+    step = act(inputs={"adapter": "monday/lora, tuesday/lora", "hf-token": "hf_x"} | inputs)
+    assert step.code == 2, step.log
+    (error,) = step.annotations("error")
+    assert f"would both be published to {place}\n" in error
 
 
 HOSTILE = "x`]()<img src=x>|@octocat ##[error]boom"
@@ -455,12 +514,19 @@ def test_hostile_names_reach_no_command_no_output_and_no_markup(
 def test_a_kept_folder_is_a_model(
     act: Callable[..., Any], workspace: Path, lm_base: Path, lm_adapter: Path
 ) -> None:
-    """The input output leaves the merged model for later steps."""
+    """The input output leaves the merged model for later steps; a file in the report's place gives way."""
     shutil.copytree(lm_base, workspace / "base")
     shutil.copytree(lm_adapter, workspace / "adapter")
+    (workspace / "merge-adapter-report").write_text("committed by somebody")
     inputs = UNVERIFIED | {"adapter": "adapter", "base-model": "base", "publish": "none", "output": "merged"}
     step = act(inputs=inputs)
     assert step.code == 0, step.log
     assert (workspace / "merged/adapter/model.safetensors").is_file()
     assert (workspace / "merged/adapter/tokenizer.json").is_file()
     assert step.annotations("warning") == ["Merged, and not verified, as asked."]
+
+
+def test_different_adapters_keep_their_files_apart() -> None:
+    """The names of files are made of those of adapters, and no two of these become one."""
+    references = ("./a/b", "./a--b", "a/b@v1", "a/b@v2", "./a b", "./a-b", ".", "./a/b/c", "./é", "./ü")
+    assert len({Candidate(reference).slug for reference in references}) == len(references)

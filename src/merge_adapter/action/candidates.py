@@ -10,12 +10,13 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from merge_adapter.action.changes import adapter_folders, changed_adapters, inside
+from merge_adapter.action.changes import adapter_folders, changed_adapters, took_all_away
 from merge_adapter.action.events import Changed, Everything, Named, Nothing, Trigger
 from merge_adapter.action.inputs import Inputs
 from merge_adapter.action.runner import Runner
+from merge_adapter.checkpoint.folder import folder_at
 from merge_adapter.errors import InputError, MalformedError, MergeAdapterError, PolicyError
-from merge_adapter.resolve import ADAPTER_CONFIG
+from merge_adapter.resolve import ADAPTER_CONFIG, split_subfolder
 
 if TYPE_CHECKING:
     from merge_adapter.github import GitHub
@@ -52,15 +53,20 @@ class Candidate:
         """Its own name without owner, path and revision; "" at the root of the repository."""
         if self.folder is not None:
             return self.folder.name
-        own = self.reference.partition("@")[0].rstrip("/").rpartition("/")[2]
-        return "-".join((own, *self.subfolder.split("/"))) if self.subfolder else own
+        reference, subfolder = split_subfolder(self.reference)
+        own = reference.partition("@")[0].rstrip("/").rpartition("/")[2]
+        return "-".join(part for part in (own, *(subfolder or self.subfolder).split("/")) if part)
+
+    def named_in(self, text: str | None) -> str | None:
+        """`text` with the name in place of `{name}`."""
+        return text.replace("{name}", self.name) if text else None
 
     @property
     def slug(self) -> str:
         """A name for files, different for different references."""
         plain = self.label.removeprefix("./").replace("/", "--")
         clean = _UNFIT.sub("-", plain).strip("-.") or "adapter"
-        if clean == plain and len(clean) <= 80:
+        if clean == plain and "--" not in self.label and len(clean) <= 80:
             return clean
         return f"{clean[:80]}-{sha256(self.label.encode()).hexdigest()[:8]}"
 
@@ -93,36 +99,77 @@ def find_candidates(
     )
 
 
-def check_base(candidate: Candidate, inputs: Inputs, workspace: Path) -> None:
-    """Refuse a base that an adapter of the workspace names by a path out of it.
+def folders_read(candidate: Candidate, inputs: Inputs, workspace: Path) -> tuple[PurePosixPath, ...]:
+    """The folders of the workspace that merging `candidate` reads: of each adapter, and of a base that lies there.
 
-    Such a config comes with a commit; the paths of the machine are not its business. A base given by the input
-    base-model may lie anywhere.
+    Raises PolicyError for a base outside the workspace that an adapter of the workspace names. Such a config comes with
+    a commit; the paths of the machine are not its business. A base given by the input base-model may lie anywhere.
     """
-    if candidate.folder is None or inputs.base_model is not None:
-        return
-    config = workspace / candidate.folder / inputs.subfolder / ADAPTER_CONFIG
-    if not config.is_file():
-        return  # resolve says what is missing
-    if config.stat().st_size > _CONFIG_LIMIT:
-        raise MalformedError(f"{config.relative_to(workspace)} has {config.stat().st_size} bytes")
+    named = () if candidate.hub_only else (candidate.reference, *inputs.combine_with)
+    subfolders = (inputs.subfolder, *("" for _ in inputs.combine_with))
+    adapters = [
+        place
+        for text, subfolder in zip(named, subfolders, strict=False)
+        for place in _adapter_places(text, subfolder, workspace)
+    ]
+    if inputs.base_model is None:
+        bases = [base for place in adapters if (base := _named_base(place, workspace)) is not None]
+    else:
+        given = folder_at(inputs.base_model, start=workspace)
+        bases = [given] if given is not None and given.is_relative_to(workspace) else []
+    relative = (PurePosixPath(place.relative_to(workspace).as_posix()) for place in (*adapters, *bases))
+    return tuple(dict.fromkeys(relative))
+
+
+def _adapter_places(text: str, subfolder: str, workspace: Path) -> list[Path]:
+    """The adapter's folder, where that is in the workspace; without one of that name those below, as resolve looks."""
+    place = _local_place(text, subfolder, workspace)
+    if place is None or not place.is_relative_to(workspace):
+        return []
+    if (place / ADAPTER_CONFIG).is_file():
+        return [place]
+    return sorted(config.parent for config in place.rglob(ADAPTER_CONFIG))
+
+
+def _local_place(text: str, subfolder: str, workspace: Path) -> Path | None:
+    """The folder behind a reference, which may name a subfolder itself; None for one on the Hub."""
+    reference, own = split_subfolder(text)
+    folder = folder_at(reference, start=workspace)
+    return folder_at(own or subfolder or ".", start=folder) if folder is not None else None
+
+
+def _named_base(adapter: Path, workspace: Path) -> Path | None:
+    """The folder that the adapter's config names as its base, if it names one."""
+    named = _base_model_name(adapter / ADAPTER_CONFIG, workspace)
+    folder = folder_at(named, start=workspace)
+    if folder is not None and not folder.is_relative_to(workspace):
+        raise PolicyError(
+            f"{adapter.relative_to(workspace) / ADAPTER_CONFIG} names {named!r} as its base, a folder outside the "
+            "workspace",
+            hint="Name the base in the input base-model.",
+        )
+    return folder
+
+
+def _base_model_name(config: Path, workspace: Path) -> str:
+    """What it says; "" where it says nothing that can be read, which resolve refuses with its reason."""
+    size = config.stat().st_size
+    if size > _CONFIG_LIMIT:
+        raise MalformedError(
+            f"{config.relative_to(workspace)} has {size} bytes, at most {_CONFIG_LIMIT} are read"
+        )
     try:
         parsed = json.loads(config.read_bytes())
     except (ValueError, RecursionError):
-        return  # resolve says what is wrong with it
+        return ""
     named = parsed.get("base_model_name_or_path") if isinstance(parsed, dict) else None
-    if isinstance(named, str) and (workspace / Path(named).expanduser()).exists():
-        try:
-            inside(workspace, str(Path(named).expanduser()), what=f"{candidate.reference}/{ADAPTER_CONFIG}")
-        except PolicyError as error:
-            raise PolicyError(error.message, hint="Name the base in the input base-model.") from error
+    return named if isinstance(named, str) else ""
 
 
 def _of_input(reference: str, workspace: Path) -> Candidate:
-    path = workspace / reference
-    if not path.is_dir():
+    place = _local_place(reference, "", workspace)
+    if place is None:
         return Candidate(reference, named=True)
-    place = path.resolve()
     if not place.is_relative_to(workspace):
         return Candidate(str(place), named=True)
     folder = PurePosixPath(place.relative_to(workspace).as_posix())
@@ -133,6 +180,12 @@ def _of_workspace(
     inputs: Inputs, wanted: Changed | Everything, runner: Runner, github: GitHub | None
 ) -> tuple[Candidate, ...] | Nothing:
     folders = adapter_folders(runner.workspace, inputs.path)
+    if (
+        not folders
+        and isinstance(wanted, Changed)
+        and took_all_away(runner.workspace, inputs.path, wanted, github)
+    ):
+        return Nothing(f"The last adapter below {inputs.path!r} was removed.")
     if not folders:
         raise InputError(
             f"there is no adapter below {inputs.path!r} in the workspace (no {ADAPTER_CONFIG})",

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from merge_adapter.action.events import Changed
-from merge_adapter.errors import GitHubError, InputError, NotFoundError, PolicyError
+from merge_adapter.errors import GitHubError, InputError, PolicyError
 from merge_adapter.github import GitHub
 from merge_adapter.resolve import ADAPTER_CONFIG
 
@@ -35,15 +35,9 @@ FETCH_DEPTH = (
 def adapter_folders(workspace: Path, below: str = ".") -> tuple[PurePosixPath, ...]:
     """Every folder at or below `below` that holds an adapter, relative to the workspace, sorted.
 
-    Links are not followed and hidden folders not entered. Raises NotFoundError when `below` is no folder of the
-    workspace.
+    Links are not followed and hidden folders not entered. Raises PolicyError when `below` leads out of the workspace.
     """
     root = inside(workspace, below, what="the input path")
-    if not root.is_dir():
-        raise NotFoundError(
-            f"the input path names {below!r}, which is no folder of the workspace",
-            hint="Is the repository checked out? Put actions/checkout before this action.",
-        )
     found = []
     for folder, names, files in os.walk(root, followlinks=False):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -61,18 +55,30 @@ def changed_adapters(
 ) -> tuple[PurePosixPath, ...]:
     """Those of `folders` in which a file that matters changed.
 
-    A ref without a commit before it, a tag or the first push of a repository, has them all. Raises InputError when
+    Where nothing came before, as with a tag or the first push of a repository, those are all. Raises InputError when
     neither git nor GitHub can tell.
     """
     folders = frozenset(folders)
     if not folders:
         return ()
-    if _has_no_past(workspace, changed):
+    if _has_no_past(changed):
         return tuple(sorted(folders))
     touched = {
         _adapter_of(PurePosixPath(path), folders) for path in changed_files(workspace, changed, github)
     }
     return tuple(sorted(folder for folder in touched if folder is not None))
+
+
+def took_all_away(workspace: Path, below: str, changed: Changed, github: GitHub | None) -> bool:
+    """Whether the commit removed the adapters of a checkout that has none at or below `below`.
+
+    Raises InputError when neither git nor GitHub can tell.
+    """
+    if not (workspace / ".git").exists() or _has_no_past(changed):
+        return False
+    root = inside(workspace, below, what="the input path").relative_to(workspace).as_posix()
+    changed_paths = map(PurePosixPath, changed_files(workspace, changed, github))
+    return any(path.name == ADAPTER_CONFIG and path.is_relative_to(root) for path in changed_paths)
 
 
 def changed_files(workspace: Path, changed: Changed, github: GitHub | None) -> tuple[str, ...]:
@@ -100,7 +106,7 @@ def changed_files(workspace: Path, changed: Changed, github: GitHub | None) -> t
 
 
 def resolve_pointers(workspace: Path, folder: PurePosixPath) -> None:
-    """See that the adapter's files are there and not Git LFS pointers; fetch them with `git lfs` where it can be.
+    """See that the files of `folder` are there and not Git LFS pointers; fetch them with `git lfs` where it can be.
 
     Raises InputError naming a pointer that is left, PolicyError for a link that leads out of the workspace.
     """
@@ -168,11 +174,8 @@ def _changed_by_git(workspace: Path, changed: Changed) -> tuple[str, ...] | None
     return tuple(path for path in answer.stdout.split("\0") if path)
 
 
-def _has_no_past(workspace: Path, changed: Changed) -> bool:
-    """Whether nothing came before: the default branch itself, or a tag on it, pushed for the first time."""
-    if changed.base is not None or changed.pull_request is not None:
-        return False
-    return changed.trunk is None or _base_commit(workspace, changed, changed.head) == changed.head
+def _has_no_past(changed: Changed) -> bool:
+    return changed.base is None and changed.trunk is None
 
 
 def _base_commit(workspace: Path, changed: Changed, head: str) -> str | None:

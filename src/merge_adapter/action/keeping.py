@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from merge_adapter.action.candidates import Candidate
-from merge_adapter.action.events import Trigger
-from merge_adapter.action.inputs import Inputs
+from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.report import document
+from merge_adapter.types import Repository
 
 if TYPE_CHECKING:
+    from merge_adapter.action.step import Step
     from merge_adapter.pipeline import RunOutcome
 
 REPORT_FOLDER = "merge-adapter-report"
@@ -20,20 +21,37 @@ _KEPT = ("merge_report.html", "README.md")
 """Beside merge_report.json: the report's page and the model card."""
 
 
-def place(
-    inputs: Inputs, candidate: Candidate, trigger: Trigger, *, workspace: Path, scratch: Path
-) -> Path | None:
+def place(step: Step, candidate: Candidate, scratch: Path) -> Path | None:
     """Where the merged folder of `candidate` is to be, or None where nobody needs it after it is published.
 
-    A release gets files of that folder attached, so there it is kept until the step ends.
+    A release gets files of that folder attached, so there it is kept until the step ends; a disk budget may not have
+    the room.
     """
+    inputs = step.inputs
     if inputs.output is not None:
-        return workspace / inputs.output / candidate.slug
-    return scratch / candidate.slug if trigger.release is not None else None
+        return step.runner.workspace / inputs.output / candidate.slug
+    is_needed = step.trigger.release is not None and inputs.disk_budget is None
+    return scratch / candidate.slug if is_needed else None
 
 
-def keep_report(workspace: Path, candidate: Candidate, outcome: RunOutcome) -> tuple[PurePosixPath, ...]:
-    """Write the report below the workspace. Returns the paths from there, merge_report.json first.
+def papers(step: Step, candidate: Candidate, outcome: RunOutcome) -> Repository | None:
+    """Where page and card can be read: in the merged folder, while there is one; for a release else on the Hub."""
+    if outcome.merged is not None and outcome.merged.folder.is_dir():
+        return Folder(outcome.merged.folder)
+    if step.trigger.release is None or outcome.publication is None or candidate.folder is None:
+        return None
+    return step.hub.open(
+        outcome.publication.repo,
+        revision=outcome.publication.commit,
+        subfolder=candidate.named_in(step.inputs.path_in_repo) or "",
+    )
+
+
+def keep_report(
+    workspace: Path, candidate: Candidate, outcome: RunOutcome, source: Repository | None
+) -> tuple[PurePosixPath, ...]:
+    """Write the report below the workspace, with page and card from `source`. Returns the paths, that of the report
+    first.
 
     They belong to the workspace's owner, not to the container's root, so that later steps can remove them.
     """
@@ -41,13 +59,12 @@ def keep_report(workspace: Path, candidate: Candidate, outcome: RunOutcome) -> t
     report = folder / document.REPORT_FILE
     report.write_text(document.dump(outcome.report), encoding="utf-8")
     kept = [report]
-    if outcome.merged is not None:
-        for name in _KEPT:
-            source = outcome.merged.folder / name
-            if source.is_file():
-                kept.append(Path(shutil.copyfile(source, folder / name)))
-        if outcome.merged.folder.is_relative_to(workspace):
-            _give_to_owner(workspace, outcome.merged.folder)
+    for name in _KEPT:
+        if source is not None and name in source.files:
+            (folder / name).write_bytes(source.read(name))
+            kept.append(folder / name)
+    if outcome.merged is not None and outcome.merged.folder.is_relative_to(workspace):
+        _give_to_owner(workspace, outcome.merged.folder)
     _give_to_owner(workspace, folder)
     return tuple(PurePosixPath(path.relative_to(workspace).as_posix()) for path in kept)
 
@@ -55,11 +72,10 @@ def keep_report(workspace: Path, candidate: Candidate, outcome: RunOutcome) -> t
 def _fresh_folder(workspace: Path, candidate: Candidate) -> Path:
     """An empty folder for the report. What a commit put there, links above all, is not written through."""
     above = workspace / REPORT_FOLDER
-    if above.is_symlink():
-        above.unlink()
     folder = above / candidate.slug
-    if folder.is_symlink():
-        folder.unlink()
+    for place in (above, folder):
+        if place.is_symlink() or place.is_file():
+            place.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from merge_adapter.action import results, summary
 from merge_adapter.action.candidates import Candidate, find_candidates
+from merge_adapter.action.changes import inside
 from merge_adapter.action.commands import Level, Log, write_outputs
 from merge_adapter.action.events import Named, Nothing, read_trigger
 from merge_adapter.action.feedback import give_feedback
@@ -95,6 +96,8 @@ def _prepare(runner: Runner, log: Log) -> Step:
             f"the input probes names {str(inputs.probes)!r}, which is no file of the workspace",
             hint="Is the repository checked out? Put actions/checkout before this action.",
         )
+    if inputs.output is not None:
+        inside(runner.workspace, str(inputs.output), what="the input output")
     hub = _hub(secrets)
     if inputs.publish is not PublishTo.NONE and not isinstance(wanted, Nothing):
         _check_credentials(secrets)
@@ -152,7 +155,7 @@ def _work(step: Step, stack: ExitStack) -> Sequence[Result] | Nothing:
         found = find_candidates(step.inputs, step.trigger, step.runner, hub=step.hub, github=step.github)
     if isinstance(found, Nothing):
         return found
-    _check_several(found, step.inputs)
+    _check_places(found, step.inputs)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-action-")))
     step.log.line(f"{len(found)} to merge: {', '.join(candidate.label for candidate in found)}")
     done: list[Result] = []
@@ -162,21 +165,34 @@ def _work(step: Step, stack: ExitStack) -> Sequence[Result] | Nothing:
     return done
 
 
-def _check_several(found: Sequence[Candidate], inputs: Inputs) -> None:
+def _check_places(found: Sequence[Candidate], inputs: Inputs) -> None:
     """Refuse to publish several adapters to one place, and a nameless one to a place that nobody named."""
     if inputs.publish is PublishTo.NONE:
         return
-    place = f"{inputs.target_repo or '{name}'}/{inputs.path_in_repo or ''}"
-    if len(found) > 1 and "{name}" not in place:
-        raise InputError(
-            f"{len(found)} adapters would all be published to {inputs.target_repo}",
-            hint="Put {name} into target-repo or path-in-repo; it stands for each adapter's own name.",
-        )
     if inputs.target_repo is None and any(not candidate.name for candidate in found):
         raise InputError(
             "the adapter lies at the root of the repository, so it has no name that a target could be named after",
             hint="Give the input target-repo, for example acme/my-model-merged.",
         )
+    taken: dict[str, Candidate] = {}
+    for candidate in found:
+        place = _place(candidate, inputs)
+        first = taken.setdefault(place.lower(), candidate)
+        if first is not candidate:
+            raise InputError(
+                f"{first.label} and {candidate.label} would both be published to {place}",
+                hint="Put {name} into target-repo or path-in-repo; it stands for each adapter's own name. Adapters of "
+                "one name need a step each, with a target of its own.",
+            )
+
+
+def _place(candidate: Candidate, inputs: Inputs) -> str:
+    """Where it is published to, as far as the names tell: repository and folder."""
+    from merge_adapter.publish.target import default_name
+
+    owner = "" if candidate.folder is not None else candidate.reference.partition("/")[0]
+    repository = candidate.named_in(inputs.target_repo) or f"{owner}/{default_name(candidate.name)}"
+    return "/".join(filter(None, (repository, candidate.named_in(inputs.path_in_repo))))
 
 
 def _annotate(log: Log, result: Result) -> None:

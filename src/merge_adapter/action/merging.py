@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_adapter.action import keeping
-from merge_adapter.action.candidates import Candidate, check_base
+from merge_adapter.action.candidates import Candidate, folders_read
 from merge_adapter.action.changes import resolve_pointers
 from merge_adapter.action.inputs import Inputs
 from merge_adapter.action.results import Failed, Finished, Result
@@ -85,20 +85,19 @@ def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: floa
     from merge_adapter.report.progress import LogProgress
 
     inputs, runner = step.inputs, step.runner
-    check_base(candidate, inputs, runner.workspace)
-    if candidate.folder is not None:
-        resolve_pointers(runner.workspace, candidate.folder)
+    for folder in folders_read(candidate, inputs, runner.workspace):
+        resolve_pointers(runner.workspace, folder)
     request = _request(inputs, candidate)
-    keep = keeping.place(inputs, candidate, step.trigger, workspace=runner.workspace, scratch=scratch)
     outcome = pipeline.run(
         request,
         _publishing(inputs, candidate),
         hub=step.hub,
         progress=LogProgress(sys.stderr),
-        output=keep,
+        output=keeping.place(step, candidate, scratch),
         disk_budget=inputs.disk_budget,
     )
-    files = keeping.keep_report(runner.workspace, candidate, outcome)
+    source = keeping.papers(step, candidate, outcome)
+    files = keeping.keep_report(runner.workspace, candidate, outcome, source)
     return Finished(
         candidate,
         report=outcome.report,
@@ -149,14 +148,11 @@ def _request(inputs: Inputs, candidate: Candidate) -> MergeRequest:
 def _publishing(inputs: Inputs, candidate: Candidate) -> PublishSettings:
     from merge_adapter.publish import PublishSettings
 
-    def named(text: str | None) -> str | None:
-        return text.replace("{name}", candidate.name) if text else None
-
     return PublishSettings(
         publish_to=inputs.publish,
-        target_repo=named(inputs.target_repo),
+        target_repo=candidate.named_in(inputs.target_repo),
         private=inputs.private,
-        path_in_repo=named(inputs.path_in_repo),
+        path_in_repo=candidate.named_in(inputs.path_in_repo),
         on_fail=inputs.on_fail,
         license=inputs.license,
         allow_base=inputs.allow_base,
