@@ -117,6 +117,27 @@ def test_values_reach_scripts_by_their_environment_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_no_work_is_dropped_while_it_waits(path: Path) -> None:
+    """Of the runs that wait in a group GitHub keeps the last: right only where that one does the work of all.
+
+    Each push brings adapters of its own, and so does each dispatch.
+    """
+    workflow = load(path)
+    if {"push", "repository_dispatch"} & set(workflow["on"]):
+        waits = workflow["concurrency"]
+        assert waits.get("queue") == "max" or "github.run_id" in waits["group"]
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *EXAMPLES], ids=lambda path: path.stem)
+def test_a_last_job_that_is_skipped_does_not_count_as_passed(path: Path) -> None:
+    """One that does nothing but wait for others runs whatever became of them, and looks."""
+    for job in load(path)["jobs"].values():
+        if "needs" in job and not [step for step in job["steps"] if "uses" in step]:
+            assert "always()" in job["if"]
+            assert any("result }}" in value for step in job["steps"] for value in step["env"].values())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_use_inputs_that_exist(path: Path) -> None:
     for step in steps_of(path):
         if str(step.get("uses", "")).startswith("merge-adapter/merge-adapter@"):
