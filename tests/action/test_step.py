@@ -446,6 +446,17 @@ def test_a_merge_over_the_disk_budget_is_refused_before_it_begins(
     assert "more than the disk budget of 1.0 MB" in step.results[0]["error"]
 
 
+def test_a_hint_that_names_an_option_says_what_it_is_here(
+    act: Callable[..., Any], workspace: Path, lm_adapter: Path
+) -> None:
+    """The stages speak of the command line; the reader of an annotation has inputs."""
+    shutil.copytree(lm_adapter, workspace / "adapter")
+    step = act(inputs={"adapter": "adapter", "base-model": "adapter", "publish": "none"})
+    (error,) = step.annotations("error")
+    assert error.endswith("--base-model DIR An option --NAME is the input NAME of the action.")
+    assert step.results[0]["hint"] in error
+
+
 @pytest.mark.parametrize(
     ("inputs", "place"),
     [

@@ -17,7 +17,7 @@ from merge_adapter.action.changes import inside
 from merge_adapter.action.commands import Level, Log, write_outputs
 from merge_adapter.action.events import Named, Nothing, read_trigger
 from merge_adapter.action.feedback import give_feedback
-from merge_adapter.action.inputs import Inputs, Secrets, read_inputs, take_secrets
+from merge_adapter.action.inputs import Inputs, Secrets, hint_here, read_inputs, take_secrets
 from merge_adapter.action.merging import check_device, merge_one
 from merge_adapter.action.results import Failed, Result
 from merge_adapter.action.runner import Runner, read_runner
@@ -62,7 +62,7 @@ def main() -> int:
             done = _work(step, stack)
             return _tell(step, done)
     except MergeAdapterError as error:
-        _tell_failure(runner, log, error.message, error.hint)
+        _tell_failure(runner, log, error.message, hint_here(error.hint))
         return int(error.exit_code)
     except Exception as error:  # noqa: BLE001  # the boundary: a bug is told, too
         log.line(traceback.format_exc())

@@ -15,8 +15,8 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>|&~$:@#])")
 _LINE_START = re.compile(r"^(\d*)([-+=.)])")
 """What makes a list or a heading of a line."""
 _WWW = re.compile(r"(www)\.", re.IGNORECASE)
-_MENTION = re.compile(r"([@#])(?=[\w-])")
-"""GitHub links `@name` and `#1` in rendered text, after every escape is gone."""
+_MENTION = re.compile(r"([@#]|\bGH-)(?=[\w-])", re.IGNORECASE)
+"""GitHub links `@name`, `#1` and `GH-1` in rendered text, after every escape is gone."""
 _JOINER = "\u200b"
 """Zero-width space: unseen, and enough to end a mention."""
 
@@ -39,14 +39,6 @@ def prose(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` with line ends as spaces and without what is unseen or turns the direction of writing."""
     return "".join(_shown(character) for character in " ".join(text.split()))
-
-
-def fenced(text: str, language: str = "") -> str:
-    """`text` as a code block, its lines kept."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    lines = "\n".join("".join(_shown(c) for c in line) for line in text.splitlines())
-    return f"{fence}{language}\n{lines}\n{fence}"
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from merge_adapter.action import keeping
 from merge_adapter.action.candidates import Candidate, folders_read
 from merge_adapter.action.changes import resolve_pointers
-from merge_adapter.action.inputs import Inputs
+from merge_adapter.action.inputs import Inputs, hint_here
 from merge_adapter.action.results import Failed, Finished, Result
 from merge_adapter.action.step import Step
 from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
@@ -62,7 +62,7 @@ def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
         return Failed(
             candidate,
             error.message,
-            error.hint,
+            hint_here(error.hint),
             int(error.exit_code),
             time.monotonic() - started,
             error_type=type(error).__name__,
