@@ -18,6 +18,7 @@ from merge_adapter.action.inputs import Inputs
 from merge_adapter.errors import InputError, PolicyError
 from merge_adapter.github import GitHub
 
+NOTHING_SET = Inputs()
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
@@ -235,23 +236,27 @@ def test_git_lfs_fetches_what_a_pointer_stands_for(
 
 
 @pytest.mark.skipif(shutil.which("git-lfs") is None, reason="git-lfs is not installed")
+@pytest.mark.parametrize("name", ["one", "r=16,alpha=[32]", "{a,b} \\c", "-f ü"])
 def test_the_real_git_lfs_fetches_from_its_store(
-    workspace: Path, git: Callable[..., str], tmp_path: Path
+    workspace: Path, git: Callable[..., str], tmp_path: Path, name: str
 ) -> None:
+    """Whatever the folder is called, and what lies deeper in it as well."""
     origin = tmp_path / "origin.git"
     git("init", "--quiet", "--bare", str(origin))
     git("lfs", "install", "--local")
     git("lfs", "track", "*.safetensors")
-    adapter(workspace / "one")
+    adapter(workspace / name)
+    adapter(workspace / name / "2_Dense")
     git("add", "--all")
     git("commit", "--quiet", "-m", "one")
     git("remote", "add", "origin", str(origin))
     git("push", "--quiet", "origin", "main")
-    weights = workspace / "one/adapter_model.safetensors"
-    weights.write_text(git("show", "HEAD:one/adapter_model.safetensors") + "\n")
-    assert weights.read_text().startswith("version https://git-lfs")
-    resolve_pointers(workspace, PurePosixPath("one"))
-    assert weights.read_bytes() == b"\0" * 2000
+    files = [workspace / name / inner / "adapter_model.safetensors" for inner in (".", "2_Dense")]
+    for weights in files:
+        weights.write_text(git("show", f"HEAD:{weights.relative_to(workspace)}") + "\n")
+        assert weights.read_text().startswith("version https://git-lfs")
+    resolve_pointers(workspace, PurePosixPath(name))
+    assert [weights.read_bytes() for weights in files] == [b"\0" * 2000] * 2
 
 
 def test_a_link_out_of_the_repository_is_refused(workspace: Path, tmp_path: Path) -> None:
@@ -303,7 +308,7 @@ def test_everything_that_a_merge_reads_in_the_workspace_is_known(
     adapter(workspace / "adapters/two", base="acme/on-the-hub")
     adapter(tmp_path / "elsewhere", base="base")
 
-    def read(reference: str, inputs: Inputs = Inputs(), **candidate: Any) -> list[str]:
+    def read(reference: str, inputs: Inputs = NOTHING_SET, **candidate: Any) -> list[str]:
         return [str(path) for path in folders_read(Candidate(reference, **candidate), inputs, workspace)]
 
     assert read("./adapters/one") == ["adapters/one", "base"]

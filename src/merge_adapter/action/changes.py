@@ -23,6 +23,8 @@ _POINTER_LIMIT = 1024
 _GIT_TIMEOUT = 120
 _LFS_TIMEOUT = 1800
 """Seconds for downloading an adapter's files."""
+_PATTERN = frozenset("*?[]{}!#,\\")
+"""What means something in the patterns of git-lfs, and cannot be written there: files of every folder are fetched."""
 _SECRET_PARTS = ("TOKEN", "SECRET", "PASSWORD", "INPUT_", "ACTIONS_")
 _IGNORED = frozenset({"README.md", "LICENSE", ".gitattributes"})
 """Files beside an adapter that change nothing about its merge."""
@@ -199,7 +201,7 @@ def _pull_pointers(workspace: Path, folder: PurePosixPath) -> str:
         return ", and git-lfs is not installed here"
     if not (workspace / ".git").exists():
         return ""
-    include = str(folder / "*") if str(folder) != "." else "*"
+    include = "*" if _PATTERN & set(str(folder)) else str(folder / "*")
     answer = _git(
         workspace, "lfs", "pull", "--include", include, "--exclude", "", timeout=_LFS_TIMEOUT, quiet=False
     )
