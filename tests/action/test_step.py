@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -446,6 +447,18 @@ def test_a_merge_over_the_disk_budget_is_refused_before_it_begins(
     assert "more than the disk budget of 1.0 MB" in step.results[0]["error"]
 
 
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="no folder is known that nobody can write to")
+def test_a_workspace_that_cannot_be_written_is_no_bug(
+    act: Callable[..., Any], lm_base: Path, lm_adapter: Path
+) -> None:
+    step = act(
+        inputs=UNVERIFIED | {"adapter": str(lm_adapter), "base-model": str(lm_base), "publish": "none"},
+        env={"GITHUB_WORKSPACE": "/sys"},
+    )
+    assert step.code == 2, step.log
+    assert "/sys cannot be written" in step.results[0]["error"]
+
+
 def test_a_hint_that_names_an_option_says_what_it_is_here(
     act: Callable[..., Any], workspace: Path, lm_adapter: Path
 ) -> None:
@@ -525,10 +538,10 @@ def test_hostile_names_reach_no_command_no_output_and_no_markup(
 def test_a_kept_folder_is_a_model(
     act: Callable[..., Any], workspace: Path, lm_base: Path, lm_adapter: Path
 ) -> None:
-    """The input output leaves the merged model for later steps; a file in the report's place gives way."""
+    """The input output leaves the merged model for later steps; what lies in the report's place gives way."""
     shutil.copytree(lm_base, workspace / "base")
     shutil.copytree(lm_adapter, workspace / "adapter")
-    (workspace / "merge-adapter-report").write_text("committed by somebody")
+    os.mkfifo(workspace / "merge-adapter-report")
     inputs = UNVERIFIED | {"adapter": "adapter", "base-model": "base", "publish": "none", "output": "merged"}
     step = act(inputs=inputs)
     assert step.code == 0, step.log

@@ -74,7 +74,7 @@ def _fresh_folder(workspace: Path, candidate: Candidate) -> Path:
     above = workspace / REPORT_FOLDER
     folder = above / candidate.slug
     for place in (above, folder):
-        if place.is_symlink() or place.is_file():
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
             place.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

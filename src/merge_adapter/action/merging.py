@@ -16,6 +16,7 @@ from merge_adapter.action.results import Failed, Finished, Result
 from merge_adapter.action.step import Step
 from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
 from merge_adapter.types import MergeSettings
+from merge_adapter.workspace import storage_errors
 
 if TYPE_CHECKING:
     from merge_adapter.pipeline import MergeRequest
@@ -97,7 +98,8 @@ def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: floa
         disk_budget=inputs.disk_budget,
     )
     source = keeping.papers(step, candidate, outcome)
-    files = keeping.keep_report(runner.workspace, candidate, outcome, source)
+    with storage_errors(runner.workspace):
+        files = keeping.keep_report(runner.workspace, candidate, outcome, source)
     return Finished(
         candidate,
         report=outcome.report,
