@@ -489,8 +489,30 @@ def test_no_two_adapters_are_published_to_one_place(
         shutil.copytree(lm_adapter, workspace / run / "lora")
     step = act(inputs={"adapter": "monday/lora, tuesday/lora", "hf-token": "hf_x"} | inputs)
     assert step.code == 2, step.log
-    (error,) = step.annotations("error")
-    assert f"would both be published to {place}\n" in error
+    errors = [result["error"] for result in step.results]
+    assert len(errors) == 2
+    assert all(f"would both be published to {place}".lower() in error.lower() for error in errors)
+
+
+def test_a_clash_keeps_no_other_adapter_from_its_turn(
+    act: Callable[..., Any],
+    hub: Any,
+    tokens: dict[str, str],
+    workspace: Path,
+    lm_base: Path,
+    lm_adapter: Path,
+) -> None:
+    shutil.copytree(lm_base, workspace / "base")
+    for folder in ("monday/lora", "tuesday/lora", "other"):
+        shutil.copytree(lm_adapter, workspace / folder)
+    step = act(
+        inputs=UNVERIFIED
+        | {"adapter": "monday/lora, tuesday/lora, other", "base-model": "base", "hf-token": tokens["ada"]}
+        | {"target-repo": "ada/{name}-clash"},
+        env={"HF_ENDPOINT": hub.url},
+    )
+    assert step.code == 2, step.log
+    assert [result.get("repo") for result in step.results] == [None, None, "ada/other-clash"]
 
 
 HOSTILE = "x`]()<img src=x>|@octocat ##[error]boom"

@@ -18,7 +18,7 @@ from merge_adapter.action.commands import Level, Log, write_outputs
 from merge_adapter.action.events import Named, Nothing, read_trigger
 from merge_adapter.action.feedback import give_feedback
 from merge_adapter.action.inputs import Inputs, Secrets, hint_here, read_inputs, take_secrets
-from merge_adapter.action.merging import check_device, merge_one
+from merge_adapter.action.merging import check_device, failed, merge_one
 from merge_adapter.action.results import Failed, Result
 from merge_adapter.action.runner import Runner, read_runner
 from merge_adapter.action.step import Step
@@ -155,35 +155,47 @@ def _work(step: Step, stack: ExitStack) -> Sequence[Result] | Nothing:
         found = find_candidates(step.inputs, step.trigger, step.runner, hub=step.hub, github=step.github)
     if isinstance(found, Nothing):
         return found
-    _check_places(found, step.inputs)
+    _check_name(found, step.inputs)
+    clashes = _clashes(found, step.inputs)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-adapter-action-")))
     step.log.line(f"{len(found)} to merge: {', '.join(candidate.label for candidate in found)}")
     done: list[Result] = []
     for candidate in found:
-        done.append(merge_one(step, candidate, scratch))
+        clash = clashes.get(candidate)
+        done.append(merge_one(step, candidate, scratch) if clash is None else failed(candidate, clash))
         _annotate(step.log, done[-1])
     return done
 
 
-def _check_places(found: Sequence[Candidate], inputs: Inputs) -> None:
-    """Refuse to publish several adapters to one place, and a nameless one to a place that nobody named."""
-    if inputs.publish is PublishTo.NONE:
+def _check_name(found: Sequence[Candidate], inputs: Inputs) -> None:
+    """Refuse to publish a nameless adapter to a place that nobody named."""
+    if inputs.publish is PublishTo.NONE or inputs.target_repo is not None:
         return
-    if inputs.target_repo is None and any(not candidate.name for candidate in found):
+    if any(not candidate.name for candidate in found):
         raise InputError(
             "the adapter lies at the root of the repository, so it has no name that a target could be named after",
             hint="Give the input target-repo, for example acme/my-model-merged.",
         )
-    taken: dict[str, Candidate] = {}
+
+
+def _clashes(found: Sequence[Candidate], inputs: Inputs) -> dict[Candidate, InputError]:
+    """Adapters that would be published to one place, where the second would take the first one's."""
+    if inputs.publish is PublishTo.NONE:
+        return {}
+    at: dict[str, list[Candidate]] = {}
     for candidate in found:
-        place = _place(candidate, inputs)
-        first = taken.setdefault(place.lower(), candidate)
-        if first is not candidate:
-            raise InputError(
-                f"{first.label} and {candidate.label} would both be published to {place}",
-                hint="Put {name} into target-repo or path-in-repo; it stands for each adapter's own name. Adapters of "
-                "one name need a step each, with a target of its own.",
-            )
+        at.setdefault(_place(candidate, inputs).lower(), []).append(candidate)
+    return {
+        candidate: InputError(
+            f"{group[0].label} and {group[1].label} would both be published to {_place(candidate, inputs)}"
+            + (f", and {len(group) - 2} more" if len(group) > 2 else ""),
+            hint="Put {name} into target-repo or path-in-repo; it stands for each adapter's own name. Adapters of one "
+            "name need a step each, with a target of its own.",
+        )
+        for group in at.values()
+        if len(group) > 1
+        for candidate in group
+    }
 
 
 def _place(candidate: Candidate, inputs: Inputs) -> str:

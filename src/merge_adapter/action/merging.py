@@ -60,14 +60,7 @@ def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
         with log.group(f"Merge {candidate.label}"), log.foreign():
             return _run_pipeline(step, candidate, scratch, started)
     except MergeAdapterError as error:
-        return Failed(
-            candidate,
-            error.message,
-            hint_here(error.hint),
-            int(error.exit_code),
-            time.monotonic() - started,
-            error_type=type(error).__name__,
-        )
+        return failed(candidate, error, seconds=time.monotonic() - started)
     except Exception as error:  # noqa: BLE001  # a bug with one adapter is no reason to drop the others
         with log.group(f"What went wrong with {candidate.label}"):
             log.line(traceback.format_exc())
@@ -79,6 +72,18 @@ def merge_one(step: Step, candidate: Candidate, scratch: Path) -> Result:
             time.monotonic() - started,
             error_type=type(error).__name__,
         )
+
+
+def failed(candidate: Candidate, error: MergeAdapterError, *, seconds: float = 0.0) -> Failed:
+    """What an error of ours makes of an adapter."""
+    return Failed(
+        candidate,
+        error.message,
+        hint_here(error.hint),
+        int(error.exit_code),
+        seconds,
+        error_type=type(error).__name__,
+    )
 
 
 def _run_pipeline(step: Step, candidate: Candidate, scratch: Path, started: float) -> Finished:
