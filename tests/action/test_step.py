@@ -360,7 +360,7 @@ def test_a_release_within_a_disk_budget_carries_report_and_card_too(
         event,
         inputs=UNVERIFIED
         | {"base-model": "ada/action-sharded-base", "hf-token": tokens["ada"], "github-token": "ghs_x"}
-        | {"target-repo": "ada/{name}-released", "path-in-repo": "v1", "disk-budget": "7MB"},
+        | {"target-repo": "ada/{name}-released", "path-in-repo": "/v1/", "disk-budget": "7MB"},
         env={"HF_ENDPOINT": hub.url, "GITHUB_API_URL": github_api.url},
     )
     assert step.code == 0, step.log

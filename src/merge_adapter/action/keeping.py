@@ -43,7 +43,7 @@ def papers(step: Step, candidate: Candidate, outcome: RunOutcome) -> Repository 
     return step.hub.open(
         outcome.publication.repo,
         revision=outcome.publication.commit,
-        subfolder=candidate.named_in(step.inputs.path_in_repo) or "",
+        subfolder=(candidate.named_in(step.inputs.path_in_repo) or "").strip("/"),
     )
 
 
