@@ -293,6 +293,9 @@ class _Rows(Update):
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self._whole.cast_error(self._start + start, self._start + stop, dtype)
 
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._whole.exact(self._start + rows, columns)
+
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         return self._whole.points(self._start + rows, columns, dtype)
 

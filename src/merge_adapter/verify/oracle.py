@@ -63,6 +63,26 @@ class Points:
     cast_error: Tensor
 
 
+RUN = 32
+"""Ranks multiplied at a time in fp32: sums of short runs err less than one long sum may."""
+
+
+def multiplied(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """`left` (n, r) times `right` (r, m); in fp32, of many ranks, run by run."""
+    rank = left.shape[1]
+    if left.dtype != torch.float32 or rank <= 2 * RUN:
+        return torch.mm(left, right, out=out)
+    made = torch.mm(left[:, :RUN], right[:RUN], out=out)
+    for start in range(RUN, rank, RUN):
+        made += left[:, start : start + RUN] @ right[start : start + RUN]
+    return made
+
+
+def roundings(rank: int) -> int:
+    """How many roundings a product may pass through on its way into an element of `multiplied`, its own included."""
+    return rank if rank <= 2 * RUN else RUN + math.ceil(rank / RUN)
+
+
 def magnitude(block: Tensor) -> float:
     """The largest absolute value; NaN when there is one."""
     if not block.numel():
@@ -102,9 +122,15 @@ class Update(ABC):
         """Rows [start, stop) of the base, (rows, width)."""
         return self.matrix(self.base)[start:stop].to(dtype)
 
+    @property
+    def terms(self) -> int:
+        """Products that a single element takes."""
+        return 1
+
     def forget(self) -> None:
         """Let go of what was computed once for all rows; it is computed again when they are asked for again."""
-        self.__dict__.pop("_norms", None)
+        for name in ("_norms", "_turned"):
+            self.__dict__.pop(name, None)
 
     @abstractmethod
     def target_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -125,8 +151,12 @@ class Update(ABC):
         return target, half_ulp(target, dtype) + error
 
     @abstractmethod
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The elements at (rows, columns) of the matrix before rounding, (n,) fp64."""
+
+    @abstractmethod
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
-        """The elements at (rows, columns) of the matrix; the figures that the blocks give there."""
+        """The same elements, with the figures that the blocks give there."""
 
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
         """Rows [start, stop) in fp32 with a bound on their error. The next call with `scratch` overwrites them."""
@@ -196,8 +226,13 @@ class LowRank(Update):
         else:
             target = LowRank.target_rows(self, start, stop, torch.float64)
         tolerance = near_half_ulp(target.float(), dtype).add_(near_half_ulp(delta, dtype), alpha=2)
-        steps = (self._rank + 2) * UNIT32 + 2 * unit(dtype)
+        steps = (self.terms + 2) * UNIT32 + 2 * unit(dtype)
         return target, tolerance.add_(mass, alpha=steps).add_(target.float().abs(), alpha=UNIT32)
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        left, right = self._at(rows, columns)
+        base = self.matrix(self.base)[rows, columns].double()
+        return base + torch.einsum("nr,nr->n", left, right)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
@@ -212,15 +247,15 @@ class LowRank(Update):
         delta = self._product(left, start, out=scratch.floats("delta", shape))
         target = torch.add(base, delta, out=scratch.floats("target", shape))
         largest = magnitude(target)
-        # both factors are rounded to fp32, then `rank` products are summed in any order: gamma_(rank + 2) of Higham,
-        # Accuracy and Stability of Numerical Algorithms, 3.1; the mass of an element is at most the product of norms
-        steps = (self._rank + 2) * UNIT32
+        # both factors are rounded to fp32, their products and sums so many times: gamma_n of Higham, Accuracy and
+        # Stability of Numerical Algorithms, 3.1; the mass of an element is at most the product of norms
+        steps = (roundings(self.terms) + 2) * UNIT32
         rows, columns = self._norms
         product = steps / (1 - steps) * float(rows[start:stop].max()) * columns
         return Single(base, delta, target, product + UNIT32 * largest, largest)
 
     @property
-    def _rank(self) -> int:
+    def terms(self) -> int:
         return self.left.shape[1]
 
     def _product(
@@ -233,11 +268,11 @@ class LowRank(Update):
     ) -> Tensor:
         """Rows of a left factor, from `start` on, times what of `right` belongs to them; `size`: its magnitudes."""
         right = self.right.to(left.dtype)
-        return torch.mm(left, right.abs() if size else right, out=out)
+        return multiplied(left, right.abs() if size else right, out)
 
     def _product_error(self, mass: Tensor, target: Tensor) -> Tensor:
         # r products and r - 1 sums, one for the scale, each off by one unit of fp32; then the sum with W
-        return (self._rank + 2) * UNIT32 * mass + UNIT32 * target.abs()
+        return (self.terms + 2) * UNIT32 * mass + UNIT32 * target.abs()
 
     def _cast_error(self, mass: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
         # a product rounded to 16 bit, scaled and rounded again; and both factors rounded to 16 bit before
@@ -251,12 +286,22 @@ class LowRank(Update):
 
     def _products(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The mass and the update at chosen elements, (n,) each."""
-        products = self._scaled(self.left[rows]) * self._columns(rows, columns).double()  # (n, r)
+        left, right = self._at(rows, columns)
+        products = left * right
         return products.abs().sum(1), products.sum(1)
+
+    def _at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What chosen elements are products of, (n, r) each, fp64."""
+        return self._scaled(self.left[rows]), self._columns(rows, columns).double()
 
     def _columns(self, rows: Tensor, columns: Tensor) -> Tensor:  # noqa: ARG002 - the same for all rows
         """The columns of `right` that chosen elements are made with, (n, r)."""
-        return self.right[:, columns].T
+        return self._turned[columns]
+
+    @cached_property
+    def _turned(self) -> Tensor:
+        """`right` column by column, (columns, r) or (matrices, columns, r): single columns are read many times."""
+        return self.right.transpose(-1, -2).contiguous()
 
     @cached_property
     def _norms(self) -> tuple[Tensor, float]:
@@ -283,11 +328,15 @@ class LowRankStack(LowRank):
         for at in range(start // each, -(-stop // each)):
             rows = slice(max(at * each, start) - start, min((at + 1) * each, stop) - start)
             right = self.right[at].to(left.dtype)
-            torch.mm(left[rows], right.abs() if size else right, out=made[rows])
+            multiplied(left[rows], right.abs() if size else right, made[rows])
         return made
 
     def _columns(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.right[rows // self.shape[1], :, columns]
+        return self._turned[rows // self.shape[1], columns]
+
+
+NORMED = 1 << 17
+"""Elements of the rows whose norms are taken at a time."""
 
 
 @dataclass
@@ -298,17 +347,29 @@ class Dora(LowRank):
     by_row: bool = True
     form: str = "closed form, DoRA"
 
-    def __post_init__(self) -> None:
-        squares: list[Tensor] = []
-        total = torch.zeros(self.right.shape[1], dtype=torch.float64)
-        for start in range(0, self.left.shape[0], 256):
-            rows = super().target_rows(start, min(start + 256, self.left.shape[0]), torch.float64).square()
+    @cached_property
+    def factor(self) -> Tensor:
+        """The magnitude over the norm of each row, or column, of W + D, fp64."""
+        return self.magnitude.double().flatten() / self._squares().sqrt()
+
+    def _squares(self) -> Tensor:
+        """|W + D|^2 of each row, or column, as |W|^2 + 2 <W, D> + |D|^2: D itself need not be made for it."""
+        right = self.right.double()
+        rank, columns = right.shape
+        found: list[Tensor] = []
+        squares, cross = right.new_zeros(columns), right.new_zeros(rank, columns)
+        gram = right @ right.T if self.by_row else right.new_zeros(rank, rank)
+        step = max(1, NORMED // columns)
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            base, left = (rows(start, stop, torch.float64) for rows in (self.base_rows, self.left_rows))
             if self.by_row:
-                squares.append(rows.sum(1))
+                found.append(base.square().sum(1) + ((2 * base @ right.T + left @ gram) * left).sum(1))
             else:
-                total += rows.sum(0)
-        norm = (torch.cat(squares) if self.by_row else total).sqrt()
-        self.factor = self.magnitude.double().flatten() / norm
+                squares += base.square().sum(0)
+                cross += left.T @ base
+                gram += left.T @ left
+        return torch.cat(found) if self.by_row else squares + ((2 * cross + gram @ right) * right).sum(0)
 
     def _factor(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         factor = self.factor.to(dtype)
@@ -329,6 +390,9 @@ class Dora(LowRank):
 
     def loose_rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return Update.loose_rows(self, start, stop, dtype)
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return super().exact(rows, columns) * self.factor[rows if self.by_row else columns]
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
@@ -410,6 +474,9 @@ class Computed(Update):
             return torch.zeros_like(target)
         return (self.matrix(native)[start:stop].double() - target).abs()
 
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.matrix(self.merges.target)[rows, columns].double()
+
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002
         made = self.merges
         base, target = (self.matrix(each)[rows, columns].double() for each in (self.base, made.target))
@@ -455,6 +522,9 @@ class Replaced(Update):
 
     def cast_error(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - nothing is added
         return torch.zeros_like(self.target_rows(start, stop, torch.float64))
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.matrix(self.value)[rows, columns].double()
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002 - nothing is added
         base, target = (self.matrix(each)[rows, columns].double() for each in (self.base, self.value))

@@ -30,8 +30,8 @@ BLOCK_ELEMENTS = 1 << 17
 KEPT_ELEMENTS = 1 << 22
 """The same for tensors that must be the base's: comparing bytes takes no more memory than their pages."""
 
-POINTS = 1 << 12
-"""Elements judged one by one at a time: each takes a row and a column of the factors."""
+POINTS, PRODUCTS = 1 << 12, 1 << 18
+"""Elements judged one by one at a time, and the products they may take: each a row and a column of the factors."""
 
 
 MOST_TIES = 1 << 12
@@ -259,12 +259,19 @@ def _judge_block(sums: _Sums, merged: Tensor, update: Update, start: int, stop: 
 
 def _judge_points(sums: _Sums, merged: Tensor, update: Update, positions: Tensor) -> None:
     """Add the counts of single elements of the matrix `merged`, at flat `positions`, in fp64."""
-    for first in range(0, positions.numel(), POINTS):
-        chosen = positions[first : first + POINTS]
+    step = min(POINTS, max(1, PRODUCTS // update.terms))
+    for first in range(0, positions.numel(), step):
+        chosen = positions[first : first + step]
         rows, columns = chosen // merged.shape[1], chosen % merged.shape[1]
-        points: Points = update.points(rows, columns, merged.dtype)
         held = merged[rows, columns]
-        once = rounded(points.target, merged.dtype)
+        once = rounded(update.exact(rows, columns), merged.dtype)
+        # most are the exact value rounded once, if only just: of these there is no more to say
+        telling = (held != once) | ~torch.isfinite(held)
+        if not bool(telling.any()):
+            continue
+        chosen, rows, columns = chosen[telling], rows[telling], columns[telling]
+        held, once = held[telling], once[telling]
+        points: Points = update.points(rows, columns, merged.dtype)
         tolerance = half_ulp(points.target, merged.dtype) + points.product_error
         beyond = _count_errors(sums, held, once, points.target, tolerance, points.target - points.base)
         sums.keep(chosen, held, once)
