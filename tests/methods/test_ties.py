@@ -16,6 +16,7 @@ from merge_adapter.errors import AccountingError, BaseModelError, MethodError, S
 from merge_adapter.merge import merge
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Strategy
+from merge_adapter.verify import VerifySettings, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers advise people who train
 
@@ -28,6 +29,7 @@ SIZES: Mapping[str, Any] = {
 }  # fmt: skip
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**SIZES, "num_key_value_heads": 2},
+    "gemma3_text": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "bert": SIZES,
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 48},
     "bart": {
@@ -116,6 +118,14 @@ def assert_same_answers(auto: str, output: Path, trained: Any, tokens: int = 48)
     assert float((got - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
+def assert_judged_right(base: Path, adapter: Path, output: Path) -> None:
+    """The gate, without the outputs, which are compared above, finds nothing."""
+    settings = VerifySettings(outputs=False)
+    found = verify(output, sources(base, adapter), settings=settings, progress=Silent())
+    told = [reason for reason in found.reasons if not reason.startswith(("note: ", "warning: "))]
+    assert told == ["the outputs were not compared, as asked"], found.reasons
+
+
 TIED: tuple[tuple[str, str, Mapping[str, Any], bool], ...] = (
     ("llama", CAUSAL, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
     ("llama", CAUSAL, {"target_modules": ["lm_head"], "ensure_weight_tying": True}, False),
@@ -147,6 +157,7 @@ def test_tied_parameters_part_exactly_when_training_parted_them(
         assert ("tie_word_embeddings" in plan.config_changes) is parts
     assert plan.consumed == plan.adapter_tensors
     assert_same_answers(auto, tmp_path / "merged", trained)
+    assert_judged_right(base, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_tokens_trained_below_an_adapted_head(tmp_path: Path) -> None:
@@ -166,6 +177,9 @@ RESIZED: tuple[tuple[str, str, str, Mapping[str, Any], int], ...] = (
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["lm_head", "q_proj"]}, 46),
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["embed_tokens", "q_proj"]}, 51),
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 48, 50]}, 51),
+    ("llama", CAUSAL, CAUSAL,
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 51),
+    ("gemma3_text", CAUSAL, CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 51),
     ("gpt2", CAUSAL, CAUSAL, {"target_modules": ["c_attn"]}, 51),
     ("bart", SEQ2SEQ, SEQ2SEQ, {"target_modules": ["q_proj"]}, 51),
     ("bart", SEQ2SEQ, SEQ2SEQ, {"target_modules": ["q_proj"]}, 46),
@@ -187,6 +201,7 @@ def test_a_resized_vocabulary_is_followed_everywhere(
     plan = deploy(base, tmp_path / "adapter", tmp_path / "merged")
     assert plan.config_changes["vocab_size"] == tokens
     assert_same_answers(auto, tmp_path / "merged", trained, tokens)
+    assert_judged_right(base, tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("peft_type", ["OFTConfig", "LoraConfig"])
@@ -213,6 +228,7 @@ def test_a_tensor_saved_twice_is_counted_under_pefts_own_layers(tmp_path: Path) 
     plan = deploy(base, tmp_path / "adapter", tmp_path / "merged", Strategy.MEMORY)
     assert plan.consumed == plan.adapter_tensors
     assert_same_answers(CAUSAL, tmp_path / "merged", trained)
+    assert_judged_right(base, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_a_checkpoint_that_holds_two_values_is_not_tied_whatever_its_config_says(tmp_path: Path) -> None:

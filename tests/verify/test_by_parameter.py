@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from merge_adapter.types import Verdict
+from merge_adapter.verify.adapters import PREFIX, AdapterFile
 from merge_adapter.verify.by_parameter import by_parameter
-from merge_adapter.verify.loading import PREFIX, AdapterFile
 from merge_adapter.verify.oracle import LowRank, LowRankStack
 from merge_adapter.verify.settings import VerifySettings
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.types import Resolved
-from merge_adapter.verify.loading import AdapterFile
+from merge_adapter.verify.adapters import AdapterFile
 from merge_adapter.verify.oracle import LowRank, LowRankStack, Update
 from merge_adapter.verify.recipe import recipe
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from merge_adapter.errors import MethodError
 from merge_adapter.types import CombinationType, Resolved
+from merge_adapter.verify.adapters import PREFIX, AdapterFile
 from merge_adapter.verify.by_parameter import by_parameter
-from merge_adapter.verify.loading import PREFIX, AdapterFile, inner
+from merge_adapter.verify.loading import inner
 from merge_adapter.verify.merges import WIDEST, OwnMerge, layer_state, plain_layer
 from merge_adapter.verify.oracle import Computed, Dora, LowRank, Merges, Replaced, Update
 from merge_adapter.verify.recipe import Recipe, recipe
@@ -126,8 +127,10 @@ def _wrapper(found: Expectations, name: str, module: Any, files: tuple[AdapterFi
         # a head whose shape the adapter changed has no base to compare with
         base = value if base is None or base.shape != value.shape else base.detach()
         found.updates[f"{name}.{leaf}"] = Replaced(base, value)
-    for leaf, tensor in trained.named_buffers(remove_duplicate=False):
-        found.plain[f"{name}.{leaf}"] = tensor.detach()
+    for path, part in trained.named_modules():
+        for leaf, tensor in _own_tensors(part):
+            if not isinstance(tensor, nn.Parameter):
+                found.plain[".".join(filter(None, (name, path, leaf)))] = tensor.detach()
 
 
 def _consume(found: Expectations, path: str, files: tuple[AdapterFile, ...]) -> None:

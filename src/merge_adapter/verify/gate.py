@@ -16,6 +16,7 @@ import torch
 
 from merge_adapter.errors import BaseModelError, MalformedError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
+from merge_adapter.verify.adapters import AdapterFile, fitted, names_read, read_adapter, saved_twice
 from merge_adapter.verify.batches import vocabulary
 from merge_adapter.verify.configs import judge_configs
 from merge_adapter.verify.expectations import Expectations, expectations
@@ -24,7 +25,6 @@ from merge_adapter.verify.findings import Finding, fault, reasons, undecided, ve
 from merge_adapter.verify.interview import Interview, Subject
 from merge_adapter.verify.layers import judge_layers, layer_findings, layer_section
 from merge_adapter.verify.loading import (
-    AdapterFile,
     Kind,
     Loaded,
     adapt,
@@ -34,7 +34,6 @@ from merge_adapter.verify.loading import (
     labels_of,
     load_base,
     load_model,
-    read_adapter,
     read_json,
     stored_dtype,
 )
@@ -90,7 +89,7 @@ class Gate:
             own = self._stack.enter_context(OwnProcess())
         started = time.monotonic()
         dtype = stored_dtype(held)
-        base, adapted, expected = self._load(folder, kind, files, dtype)
+        base, adapted, expected, files = self._load(folder, kind, files, dtype)
         merged = self._load_merged(kind)
         self._note_time("loading", started)
         if merged is None:
@@ -147,18 +146,19 @@ class Gate:
 
     def _load(
         self, folder: Path, kind: Kind, files: tuple[AdapterFile, ...], dtype: torch.dtype
-    ) -> tuple[Loaded, Loaded, Expectations]:
-        """Base, base + adapter, and what the merged model must hold."""
+    ) -> tuple[Loaded, Loaded, Expectations, tuple[AdapterFile, ...]]:
+        """Base, base + adapter, what the merged model must hold, and the adapters' files as they fit the base."""
         trust = self.settings.trust_remote_code
         with self.progress.task("Loading base and adapter", None):
             base = load_base(folder, kind, files, dtype=dtype, trust_remote_code=trust)
+            files = fitted(files, base.model)
             adapted = adapt(base.model, self.sources, files)
-        self._adapter_findings(adapted)
+        self._adapter_findings(adapted, files)
         self.findings += judge_provenance(self.sources)
         self.findings += judge_processors(self.merged, self.sources)
         expected = expectations(adapted.model, self.sources, files)
         self.findings += [undecided("adapter", "", text) for text in expected.disagreements]
-        return base, adapted, expected
+        return base, adapted, expected, files
 
     def _interview(self, subject: Subject, own: OwnProcess | None) -> None:
         started = time.monotonic()
@@ -186,11 +186,14 @@ class Gate:
     def _note_time(self, part: str, started: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.monotonic() - started
 
-    def _adapter_findings(self, adapted: Loaded) -> None:
+    def _adapter_findings(self, adapted: Loaded, files: tuple[AdapterFile, ...]) -> None:
         """Every tensor of the adapter must have gone somewhere in PEFT's own hands."""
-        if adapted.unexpected:
-            text = f"{len(adapted.unexpected)} tensors of the adapter match nothing in this base"
-            self.findings.append(fault("adapter", adapted.unexpected[0], text))
+        self.findings += names_read(files)
+        again = saved_twice(files)
+        foreign = [name for name in adapted.unexpected if name not in again]
+        if foreign:
+            text = f"{len(foreign)} tensors of the adapter match nothing in this base"
+            self.findings.append(fault("adapter", foreign[0], text))
         if adapted.missing:
             count = len(adapted.missing)
             text = (

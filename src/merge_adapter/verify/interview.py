@@ -17,6 +17,7 @@ import torch
 
 from merge_adapter.errors import MalformedError, ran_out_of_memory
 from merge_adapter.types import Progress, Resolved
+from merge_adapter.verify.adapters import AdapterFile
 from merge_adapter.verify.answers import LANGUAGE, Batch
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, prompts, random_ids, tokenized, vocabulary
@@ -24,7 +25,7 @@ from merge_adapter.verify.beginnings import Beginnings, beginnings, first_tokens
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, note, undecided, verdict, warning
 from merge_adapter.verify.greedy import judge_written
-from merge_adapter.verify.loading import AdapterFile, Kind, inner, load_base, stack_layers
+from merge_adapter.verify.loading import Kind, inner, load_base, stack_layers
 from merge_adapter.verify.mutants import Outcome
 from merge_adapter.verify.outputs import judge_outputs
 from merge_adapter.verify.perceived import Unfed, perceived, sees_or_hears

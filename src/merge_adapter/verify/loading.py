@@ -9,49 +9,33 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merge_adapter.errors import (
     BaseModelError,
     MalformedError,
     MethodError,
-    NotFoundError,
     ran_out_of_memory,
 )
 from merge_adapter.methods.patterns import check_patterns
-from merge_adapter.methods.starts import changed_base, is_named
-from merge_adapter.types import Adapter, Repository, Resolved
+from merge_adapter.types import Repository, Resolved
+from merge_adapter.verify.adapters import PREFIX, AdapterFile, peft_config, peft_folder
 from merge_adapter.verify.kinds import AUTO_CLASS as AUTO_CLASS
 from merge_adapter.verify.kinds import HEADS, LABELLED
 from merge_adapter.verify.kinds import Kind as Kind
 from merge_adapter.verify.kinds import kind_of as kind_of
-from merge_adapter.verify.storage import ADAPTER_PICKLED, ADAPTER_SAFETENSORS, Checkpoint, Layout, layout
+from merge_adapter.verify.storage import Checkpoint, Layout, layout
 from merge_adapter.verify.weighted import activate
-
-PREFIX = "base_model.model."
-"""What PEFT puts before every module path in an adapter file."""
-
 
 LONGEST_CAUSE = 400
 """Letters of a library's own message that are passed on."""
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """The tensors of an adapter file under the names it gives them."""
-
-    adapter: Adapter
-    tensors: Mapping[str, Tensor]
-
-    def module(self, path: str, leaf: str) -> Tensor | None:
-        """The tensor the file stores as `base_model.model.PATH.LEAF`; None when there is none."""
-        return self.tensors.get(f"{PREFIX}{path}.{leaf}")
 
 
 @dataclass
@@ -65,20 +49,6 @@ class Loaded:
     errors: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
     """Warnings raised on the way, as text."""
-
-
-def read_adapter(adapter: Adapter) -> AdapterFile:
-    """The adapter's tensors, mapped from its file. Raises NotFoundError or MalformedError."""
-    repository = adapter.repository
-    for name in (ADAPTER_SAFETENSORS, ADAPTER_PICKLED):
-        if name in repository.files:
-            path = repository.local(name)
-            with Checkpoint(path.parent, [path.name]) as held:
-                return AdapterFile(adapter, {key: held[key] for key in held.tensors})
-    raise NotFoundError(
-        f"{repository.origin} holds neither {ADAPTER_SAFETENSORS} nor {ADAPTER_PICKLED}",
-        hint="Check that this is an adapter repository and that its weights were pushed.",
-    )
 
 
 def base_layout(repository: Repository) -> Layout:
@@ -228,18 +198,22 @@ def stack_layers(model: Any, sources: Resolved) -> None:
 
 
 def _fit_vocabulary(model: Any, adapters: tuple[AdapterFile, ...]) -> None:
-    """Give the embeddings the number of rows of an embedding that an adapter carries whole."""
+    """Give the embeddings the number of rows of an embedding or a head that an adapter carries whole."""
     try:
-        embedding = model.get_input_embeddings()
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
     except (AttributeError, NotImplementedError):
         return  # what hears or sees has none
-    names = [name for name, module in model.named_modules() if module is embedding]
+    rows = {
+        name: len(module.weight)
+        for name, module in model.named_modules()
+        if any(module is end for end in ends) and getattr(module, "weight", None) is not None
+    }
     for file in adapters:
-        for name in names:
-            for leaf in ("weight", "base_layer.weight", "modules_to_save.weight"):
+        for name, count in rows.items():
+            for leaf in ("weight", "base_layer.weight", "token_adapter.base_layer.weight"):
                 tensor = file.module(name, leaf)
-                if tensor is not None and tensor.ndim == 2 and tensor.shape[0] != embedding.weight.shape[0]:
-                    model.resize_token_embeddings(int(tensor.shape[0]), mean_resizing=False)
+                if tensor is not None and tensor.ndim == 2 and len(tensor) != count:
+                    model.resize_token_embeddings(len(tensor), mean_resizing=False)
                     return
 
 
@@ -258,17 +232,17 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
     names = tuple("default" if not at else f"adapter_{at}" for at in range(len(files)))
     missing: list[str] = []
     unexpected: list[str] = []
-    with recorded() as said:
+    with recorded() as said, ExitStack() as stack:
         try:
             model: Any = None
             for name, file in zip(names, files, strict=True):
-                folder = adapter_folder(file.adapter.repository)
-                config = _config(folder, file.adapter, sources)
+                place = Path(stack.enter_context(TemporaryDirectory(prefix="merge-adapter-adapter-")))
+                folder, config = peft_folder(file, place), peft_config(file.adapter, sources.base)
                 if model is None:
                     model = PeftModel.from_pretrained(
                         base, folder, adapter_name=name, torch_device="cpu", config=config
                     )
-                elif config is not None:
+                else:
                     model.add_adapter(name, config)
                 # loading by name once more returns what from_pretrained keeps to itself: the keys that matched nothing
                 result = model.load_adapter(folder, adapter_name=name, torch_device="cpu")
@@ -278,10 +252,11 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
         except (
             ValueError,
             RuntimeError,
-            KeyError,
+            LookupError,
             TypeError,
             AttributeError,
             NotImplementedError,
+            ImportError,
             OSError,
         ) as error:
             if ran_out_of_memory(error):
@@ -293,33 +268,6 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             ) from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
-
-
-def _config(folder: Path, adapter: Adapter, sources: Resolved) -> Any | None:
-    """PEFT's config for an adapter whose start changed the base, when that changed base is the one at hand.
-
-    PEFT would otherwise change it a second time. None for all others, which it reads for itself.
-    """
-    if adapter.method != "LORA" or not changed_base(adapter.config) or is_named(adapter, sources.base):
-        return None
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(folder)
-    config.init_lora_weights = True
-    config.inference_mode = True
-    return config
-
-
-def adapter_folder(repository: Repository) -> Path:
-    """A local folder with the adapter's config and weights."""
-    wanted = [
-        name
-        for name in ("adapter_config.json", ADAPTER_SAFETENSORS, ADAPTER_PICKLED)
-        if name in repository.files
-    ]
-    if "adapter_config.json" not in wanted:
-        raise NotFoundError(f"{repository.origin} holds no adapter_config.json")
-    return repository.folder(wanted)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_adapter.errors import BaseModelError, MalformedError
 from merge_adapter.types import Progress, Resolved, Verification
+from merge_adapter.verify.adapters import AdapterFile, fitted, read_adapter
 from merge_adapter.verify.batches import vocabulary
 from merge_adapter.verify.expectations import Expectations, expectations
 from merge_adapter.verify.files import judge_files, unloaded_tensors
@@ -24,14 +25,12 @@ from merge_adapter.verify.gate import Gate
 from merge_adapter.verify.interview import Interview, Subject
 from merge_adapter.verify.layers import LayerEvidence, judge_layers, layer_findings, layer_section
 from merge_adapter.verify.loading import (
-    AdapterFile,
     Loaded,
     adapt,
     inner,
     kind_of,
     labels_of,
     load_base,
-    read_adapter,
     stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
@@ -126,8 +125,9 @@ class ShardGate(Gate):
         self._note_time("loading", started)
 
     def _adapted(self, base: Loaded) -> Any:
+        self.files = fitted(self.files, base.model)
         adapted = adapt(base.model, self.sources, self.files)
-        self._adapter_findings(adapted)
+        self._adapter_findings(adapted, self.files)
         return adapted.model
 
     def _place(self, base: Loaded, merged: Loaded) -> None:

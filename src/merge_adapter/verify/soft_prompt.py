@@ -25,6 +25,7 @@ from torch import Tensor
 
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
+from merge_adapter.verify.adapters import adapter_folder, read_adapter
 from merge_adapter.verify.answers import Batch, answer, greedy
 from merge_adapter.verify.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.batches import Probes, positions, tokenized
@@ -38,12 +39,10 @@ from merge_adapter.verify.lazy import widen
 from merge_adapter.verify.loading import (
     Kind,
     Loaded,
-    adapter_folder,
     base_folder,
     base_layout,
     load_base,
     load_model,
-    read_adapter,
     read_json,
     stored_dtype,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,7 +135,8 @@ class Checkpoint:
             self._open[file] = opened
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # files from before torch 1.6 are no archives, and cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except Exception as error:  # unpickling raises anything
             raise MalformedError(f"{file} cannot be read as a file of tensors: {error}") from error
         self._open[file] = content
