@@ -179,6 +179,7 @@ RESIZED: tuple[tuple[str, str, str, Mapping[str, Any], int], ...] = (
     ("llama", CAUSAL, CAUSAL, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 48, 50]}, 51),
     ("llama", CAUSAL, CAUSAL,
      {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 51),
+    ("gpt2", CAUSAL, CAUSAL, {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [50]}}, 51),
     ("gemma3_text", CAUSAL, CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 51),
     ("gpt2", CAUSAL, CAUSAL, {"target_modules": ["c_attn"]}, 51),
     ("bart", SEQ2SEQ, SEQ2SEQ, {"target_modules": ["q_proj"]}, 51),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from merge_adapter.errors import AccountingError, MalformedError, ShapeError
@@ -67,9 +67,7 @@ def _indices(context: Context, module: str, spec: TensorSpec) -> tuple[int, ...]
     """Token ids in the order of the rows of `spec`."""
     given = context.config.get("trainable_token_indices")
     if isinstance(given, Mapping):
-        given = next(
-            (ids for name, ids in given.items() if module == name or module.endswith(f".{name}")), None
-        )
+        given = _given_for(given, (module, *_tied_modules(context, module)))
     if given is None:
         raise AccountingError(
             f"{spec.name} holds trained tokens, but adapter_config.json names none for {module}.",
@@ -87,3 +85,19 @@ def _indices(context: Context, module: str, spec: TensorSpec) -> tuple[int, ...]
             hint="adapter_config.json does not belong to these weights.",
         )
     return tuple(given)
+
+
+def _given_for(indices: Mapping[str, object], modules: Iterable[str]) -> object:
+    """What is said of the first of `modules` that is named; None for none."""
+    for module in modules:
+        for name, given in indices.items():
+            if module == name or module.endswith(f".{name}"):
+                return given
+    return None
+
+
+def _tied_modules(context: Context, module: str) -> Iterator[str]:
+    """Modules whose weight is tied to that of `module`: PEFT trains the same tokens of them, named or not."""
+    weight = f"{module}.weight"
+    for other in (*context.names.tied(weight), *context.names.declared_ties(weight)):
+        yield other.removesuffix(".weight")
