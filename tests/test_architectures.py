@@ -2,7 +2,7 @@
 
 For each family a base is saved by transformers and a LoRA on every linear layer by PEFT, with non-zero effect.
 The merge is planned and written from the files; the result is loaded by transformers, each of its parameters is
-compared with PEFT's merge in memory, and its outputs with those of base + adapter, all in float32.
+compared with PEFT's merge in memory, and its outputs with those of base + adapter, all in float32. The gate must agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MethodError, PolicyError, UnmergeableError
 from merge_adapter.merge import merge
 from merge_adapter.plan import make_plan
-from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Strategy
+from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Strategy, Verdict
+from merge_adapter.verify import VerifySettings, verify
 
 TOLERANCE = 1e-5
 """Of a parameter: one sum in float32, made in another order than PEFT's. Of an output: relative to its largest value;
@@ -285,6 +286,9 @@ def test_streamed_merge_equals_base_and_adapter(model_type: str, tmp_path: Path)
     for name, value in reference.state_dict().items():
         if name not in parted:
             assert float((state[name] - value).abs().max()) <= TOLERANCE, name
+    with quietly():
+        judged = verify(output, sources, settings=VerifySettings(outputs=False), progress=Silent())
+    assert judged.verdict is not Verdict.FAIL, judged.reasons
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "bert", "mixtral"])

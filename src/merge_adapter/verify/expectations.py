@@ -94,6 +94,13 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((n, t) for n, t in module._buffers.items() if t is not None and n not in skipped)
 
 
+def _inside(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same of a module and of all inside it, by their path from there."""
+    for path, part in module.named_modules():
+        for leaf, tensor in _own_tensors(part):
+            yield f"{path}.{leaf}" if path else leaf, tensor
+
+
 def _plain(found: Expectations, name: str, tensor: Tensor, files: tuple[AdapterFile, ...]) -> None:
     """A tensor PEFT left alone, unless the adapter file carries it under its own name (biases, embeddings)."""
     for file in files:
@@ -127,10 +134,9 @@ def _wrapper(found: Expectations, name: str, module: Any, files: tuple[AdapterFi
         # a head whose shape the adapter changed has no base to compare with
         base = value if base is None or base.shape != value.shape else base.detach()
         found.updates[f"{name}.{leaf}"] = Replaced(base, value)
-    for path, part in trained.named_modules():
-        for leaf, tensor in _own_tensors(part):
-            if not isinstance(tensor, nn.Parameter):
-                found.plain[".".join(filter(None, (name, path, leaf)))] = tensor.detach()
+    for leaf, tensor in _inside(trained):
+        if not isinstance(tensor, nn.Parameter):
+            found.plain[f"{name}.{leaf}"] = tensor.detach()
 
 
 def _consume(found: Expectations, path: str, files: tuple[AdapterFile, ...]) -> None:
@@ -162,7 +168,7 @@ def _layer(
     base = module.get_base_layer()
     found.updates[f"{name}.weight"] = closed
     found.layers[f"{name}.weight"] = module
-    for leaf, tensor in _own_tensors(base):
+    for leaf, tensor in _inside(base):  # a router may hold more than a weight and a bias
         if leaf == "weight":
             continue
         bias = _bias_update(name, tensor, sources, files) if leaf == "bias" else None

@@ -84,7 +84,21 @@ def kind_of(sources: Resolved) -> Kind:
     ):
         if architecture.endswith(suffix):
             return found
-    return Kind.EMBEDDING
+    return _listed(sources.base.config.get("model_type"), architecture) or Kind.EMBEDDING
+
+
+def _listed(model_type: object, architecture: str) -> Kind | None:
+    """The kind of a class whose name does not tell it (MarianMTModel), by transformers' own lists."""
+    from transformers.models.auto import modeling_auto as auto
+
+    for kind, listed in (
+        (Kind.CAUSAL, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (Kind.MASKED, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        (Kind.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if listed.get(model_type) == architecture:
+            return kind
+    return None
 
 
 def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
