@@ -132,6 +132,8 @@ TIED: tuple[tuple[str, str, Mapping[str, Any], bool], ...] = (
     ("llama", CAUSAL, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True}, True),
     ("gpt2", CAUSAL, {"target_modules": ["wte"], "ensure_weight_tying": True}, True),
     ("gpt2", CAUSAL, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}, True),
+    ("gpt2", CAUSAL, {"target_modules": ["c_attn"], "modules_to_save": ["te"]}, True),
+    ("llama", CAUSAL, {"target_modules": ["q_proj"], "modules_to_save": ["head"]}, True),
     ("bert", MASKED, {"target_modules": ["decoder", "query"]}, True),
     ("bert", MASKED, {"target_modules": ["decoder", "query"], "bias": "all"}, True),
     ("bart", SEQ2SEQ, {"target_modules": ["embed_tokens", "q_proj"]}, True),

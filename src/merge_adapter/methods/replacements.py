@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from merge_adapter.methods.change import Context, Kind, TensorSpec
 from merge_adapter.methods.edits import Edit, no_target
@@ -36,7 +37,8 @@ def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) ->
             (spec.name, *others.pop(parameter, ())),
             Kind.REPLACE,
             shape=spec.shape,
-            follows_ties=not _trained(context, parameter),
+            # what nobody was told to train was saved because it was resized
+            follows_ties=not is_saved(context.config, parameter.rpartition(".")[0]),
         )
         for parameter, spec in trained.items()
     ]
@@ -45,10 +47,11 @@ def replacement_edits(context: Context, parameters: Mapping[str, TensorSpec]) ->
     return edits
 
 
-def _trained(context: Context, parameter: str) -> bool:
-    """Whether the adapter was told to train this module; if not, it was saved because it was resized."""
-    module = parameter.rpartition(".")[0]
-    wanted = context.config.get("modules_to_save") or ()
-    return any(
-        module == name or module.endswith(f".{name}") or f".{name}." in f".{module}." for name in wanted
-    )
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the adapter was told to train this module whole, or one around it.
+
+    PEFT's rule for `modules_to_save` asks how a path ends, and not where its parts do: `head` takes in `lm_head`.
+    """
+    parts = module.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for path in around for name in config.get("modules_to_save") or ())
