@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from merge_adapter.errors import AccountingError, BaseModelError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
 from merge_adapter.methods.patterns import check_patterns, module_paths
+from merge_adapter.methods.promised import check_promised
 from merge_adapter.methods.refuse import SOFT_PROMPTS, check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import PEFT_PREFIX, NoNames, general_names, name_map, split_targets
@@ -44,16 +45,21 @@ def plan_adapter(
             trust_remote_code=settings.trust_remote_code,
         )
         context = _context(sources, settings, adapter, tensors, base, names)
-        if _in_rows(context):
-            from merge_adapter.methods.lora import plan_lora
-
-            return plan_lora(context)
+        in_rows = _in_rows(context)
     else:
         names = _general(sources, settings, adapter, tensors, base, method)
         context = _context(sources, settings, adapter, tensors, base, names)
-    from merge_adapter.methods.peft_layer import plan_peft  # imports torch and PEFT
+        in_rows = False
+    if in_rows:
+        from merge_adapter.methods.lora import plan_lora
 
-    return plan_peft(context, in_memory=in_memory)
+        planned = plan_lora(context)
+    else:
+        from merge_adapter.methods.peft_layer import plan_peft  # imports torch and PEFT
+
+        planned = plan_peft(context, in_memory=in_memory)
+    check_promised(context, split_targets(tensors, method.prefixes)[1])
+    return planned
 
 
 def _in_rows(context: Context) -> bool:

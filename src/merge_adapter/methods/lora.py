@@ -139,6 +139,7 @@ def _module_edits(
     scale = scale_of(context.config, attention or _pattern_path(parameter), rank) * context.adapter.weight
     if attention is not None and factors.module != attention:
         scale *= OUT_PROJ_TIMES
+    _check_parts(context, factors)
     yield _weight_edit(context, factors, parameter, shape, scale)
     bias = factors.parts.get("lora_B.bias")
     if bias is not None:
@@ -244,6 +245,19 @@ def _pair(factors: Factors) -> tuple[TensorSpec, TensorSpec]:
                 hint="Weights were saved ungathered (DeepSpeed ZeRO-3, FSDP); gather them and save again.",
             )
     return a, b
+
+
+def _check_parts(context: Context, factors: Factors) -> None:
+    """Raise AccountingError where the config calls for a part beside the two factors, and the file lacks it."""
+    wanted = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+    for key, part in wanted.items():
+        if context.config.get(key) and part not in factors.parts:
+            raise AccountingError(
+                f"{factors.module}: {part} is missing beside {', '.join(factors.names)}, though adapter_config.json"
+                f" sets {key}.",
+                tensors=factors.names,
+                hint="The adapter's file is incomplete; save it again.",
+            )
 
 
 def _bias_edit(context: Context, factors: Factors, bias: TensorSpec, scale: float) -> Edit:
