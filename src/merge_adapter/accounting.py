@@ -51,7 +51,7 @@ def check_together(adapters: Sequence[tuple[Adapter, Sequence[Change]]]) -> None
                 raise MethodError(
                     f"{change.module}: a weight of {adapter.weight} was given for {adapter.repository.origin}, but"
                     f" its change is {change.kind.value} there, and only sums can be weighted.",
-                    hint="Merge this adapter with weight 1, or by itself.",
+                    hint="Give this adapter the weight 1.",
                 )
             for spec in change.writes:
                 before = owner.setdefault(spec.name, (number, change))

@@ -108,13 +108,25 @@ def test_a_pissa_adapter_saved_converted_is_merged(bench: Callable[..., Any], tm
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", "many"), ("r", 0), ("lora_alpha", None), ("rank_pattern", [1]), ("alpha_pattern", {"q_proj": "big"}),
+    [("r", "many"), ("r", 0), ("r", 4.0), ("lora_alpha", None), ("lora_alpha", float("nan")), ("target_modules", 3),
+     ("target_modules", [3]), ("exclude_modules", {}), ("rank_pattern", [1]), ("alpha_pattern", {"q_proj": "big"}),
      ("modules_to_save", "lm_head"), ("use_rslora", "yes"), ("bias", "some")],
 )  # fmt: skip
 def test_values_of_the_wrong_kind_are_malformed(tmp_path: Path, key: str, value: object) -> None:
     """The message names the key and shows the value."""
     with pytest.raises(MalformedError, match=f"expected {key} to be"):
         check_config(adapter(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "LOHA"])
+def test_a_pattern_that_is_null_says_nothing(peft_type: str, bench: Callable[..., Any]) -> None:
+    """Some tools write null where PEFT writes {} and wants no other."""
+    made = bench(peft_type, target_modules=["q_proj"], r=4)
+    file = made.adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rank_pattern": None, "alpha_pattern": None}))
+    checked, _ = check_config(made.sources.adapter)
+    assert not {"rank_pattern", "alpha_pattern"} & set(checked.config)
 
 
 @pytest.mark.parametrize(

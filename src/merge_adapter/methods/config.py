@@ -6,6 +6,7 @@ warning; here a key that is switched on and unknown is refused by name, for it m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,7 +56,11 @@ def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
             " the installed PEFT does not know and which may change the arithmetic.",
             hint="Update PEFT and merge-adapter, or remove the key if the training did not use it.",
         )
-    config = {key: value for key, value in adapter.config.items() if key in known}
+    config = {
+        key: value
+        for key, value in adapter.config.items()
+        if key in known and not (value is None and key.endswith("_pattern"))  # what PEFT writes as {}
+    }
     notes = []
     if unknown:
         notes.append(
@@ -63,8 +68,11 @@ def check_config(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         )
     check_lengths(config)
     for key in ("target_modules", "exclude_modules", "feedforward_modules"):
-        if isinstance(config.get(key), str):
-            _check_pattern(key, config[key])
+        value = config.get(key)
+        if isinstance(value, str):
+            _check_pattern(key, value)
+        elif value is not None and not _are_names(value):
+            raise _wrong(key, "a pattern or a list of names", value)
     if adapter.method == "LORA":
         _check_lora_values(config)
     return replace(adapter, config=config), tuple(notes)
@@ -87,17 +95,17 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
     """The values that the arithmetic reads."""
     for key in ("r", "lora_alpha"):
         value = config.get(key, 8)
-        if not _is_number(value) or (key == "r" and (value < 1 or value != int(value))):
-            raise _wrong(key, "a positive number", value)
+        if not _is_number(value) or (key == "r" and (type(value) is not int or value < 1)):
+            raise _wrong(key, "a positive whole number" if key == "r" else "a number", value)
     for key in ("rank_pattern", "alpha_pattern"):
-        value = config.get(key) or {}
+        value = config.get(key, {})
         if not isinstance(value, Mapping) or not all(_is_number(item) for item in value.values()):
             raise _wrong(key, "a mapping from module patterns to numbers", value)
         for pattern in value:
             _check_pattern(key, pattern)
     for key in ("modules_to_save", "target_parameters"):
         value = config.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not _are_names(value):
             raise _wrong(key, "a list of names", value)
     for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
         if config.get(key) not in (None, True, False):
@@ -117,7 +125,11 @@ def _check_pattern(key: str, pattern: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _wrong(key: str, expected: str, got: object) -> MalformedError:
