@@ -12,13 +12,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MethodError, PolicyError, UnmergeableError
@@ -326,6 +326,55 @@ def test_an_encoder_on_a_language_models_checkpoint(model_type: str, tmp_path: P
             got = merged(**tokens).last_hidden_state
             expected = PeftModel.from_pretrained(plain, adapter).eval()(**tokens).last_hidden_state
     assert float((got - expected).abs().max()) <= OUTPUT_TOLERANCE * float(expected.abs().max())
+
+
+_TOWERS = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+)
+OLD_PATHS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "llava": _TOWERS,
+    "gemma3": _TOWERS,
+    "qwen2_vl": (("model.language_model.", "model."), ("model.visual.", "visual.")),
+}
+"""Where modules are in transformers 5, and where they were in 4."""
+
+
+@pytest.mark.parametrize("model_type", OLD_PATHS)
+def test_an_adapter_of_transformers_4(model_type: str, tmp_path: Path) -> None:
+    """Its modules are found where transformers' own list for checkpoints says that they went; the report says so."""
+    import transformers
+
+    family = replace(FAMILIES[model_type], targets=r".*\.(q_proj|v_proj|qkv)")
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    with quietly():
+        make_base(model_type, family, base)
+        model = getattr(transformers, family.auto).from_pretrained(base, dtype=torch.float32).eval()
+        make_adapter(model, family, adapter)
+        now = make_plan(resolved(base, adapter), MergeSettings())
+        file = adapter / "adapter_model.safetensors"
+        save_file(
+            {_as_it_was(name, OLD_PATHS[model_type]): tensor for name, tensor in load_file(file).items()},
+            file,
+        )
+        sources = resolved(base, adapter)
+        plan = make_plan(sources, MergeSettings())
+        assert plan.consumed == plan.adapter_tensors > 0
+        assert [change.tensors for change in plan.changes] == [change.tensors for change in now.changes]
+        assert any("older form" in note for note in plan.notes)
+        output.mkdir()
+        merge(plan, sources, output, settings=MergeSettings(), progress=Silent())
+        write_config(base, output, plan.config_changes)
+        judged = verify(output, sources, settings=VerifySettings(outputs=False), progress=Silent())
+    assert judged.verdict is not Verdict.FAIL, judged.reasons
+    assert judged.evidence["weights"]["updated"] == len(plan.changes)
+
+
+def _as_it_was(name: str, paths: tuple[tuple[str, str], ...]) -> str:
+    for new, old in paths:
+        if name.startswith(f"base_model.model.{new}"):
+            return f"base_model.model.{old}{name.removeprefix(f'base_model.model.{new}')}"
+    return name
 
 
 def tied_names(model: Any) -> set[str]:

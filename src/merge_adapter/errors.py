@@ -9,6 +9,7 @@
     ├── UnmergeableError                   exit 3   this adapter or this base cannot be merged
     │   ├── MethodError                             the PEFT method, or this use of it, has no merge
     │   ├── AccountingError                         adapter tensors left over, used twice, or without a target
+    │   │   └── UnknownModulesError                 of modules that no class of the base has
     │   ├── ShapeError                              adapter and base do not fit each other
     │   └── BaseModelError                          the base cannot serve as one (quantised, wrong, changed at init)
     ├── NotEquivalentError                 exit 4   the gate said fail or inconclusive
@@ -93,6 +94,10 @@ class AccountingError(UnmergeableError):
     def __init__(self, message: str, *, tensors: tuple[str, ...], hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.tensors = tensors
+
+
+class UnknownModulesError(AccountingError):
+    """Adapter tensors belong to modules that no class of the base has."""
 
 
 class ShapeError(UnmergeableError):

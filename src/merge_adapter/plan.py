@@ -12,8 +12,8 @@ from merge_adapter.checkpoint.base import BaseFiles, read_base
 from merge_adapter.checkpoint.loaded import with_loaded
 from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_out
 from merge_adapter.checkpoint.quantization import quantization_of
-from merge_adapter.errors import AccountingError, BaseModelError, UnmergeableError
-from merge_adapter.methods.adapter_file import AdapterFile, other_readings, read_adapter
+from merge_adapter.errors import AccountingError, BaseModelError, UnknownModulesError, UnmergeableError
+from merge_adapter.methods.adapter_file import AdapterFile, moved, other_readings, read_adapter
 from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
 from merge_adapter.methods.combine import CombinedFile, combine, without_copies
@@ -21,9 +21,11 @@ from merge_adapter.methods.combine_vectors import CombinedVectors
 from merge_adapter.methods.combined import Together
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
+from merge_adapter.methods.refuse import check_method
 from merge_adapter.methods.replication import layer_sources, with_replicas
 from merge_adapter.methods.starts import changed_base, check_residual, check_start
 from merge_adapter.methods.sums import ModulesInTurn, SumOfModules
+from merge_adapter.names.choose import split_targets
 from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
 from merge_adapter.types import Adapter, CombinationType, MergeSettings, Resolved, Strategy
 
@@ -259,19 +261,36 @@ def _consumed(file: AnyFile, made: Planned) -> int:
 def _plan_reading(
     sources: Resolved, settings: MergeSettings, file: AdapterFile, base: Mapping[str, TensorSpec]
 ) -> tuple[AdapterFile, Planned]:
-    """Plan and account for one adapter; where nothing of it fits, under the one other reading that does."""
+    """Plan and account for one adapter; where it does not fit as it is, under the one other reading that fits whole."""
     try:
         return file, _plan_whole(sources, settings, file, base)
     except AccountingError as error:
-        if set(error.tensors) != set(file.stored):
-            raise
-        fitting = []
-        for reading in other_readings(file):
+        readings: list[AdapterFile] = []
+        if set(error.tensors) == set(file.stored):
+            readings.extend(other_readings(file))
+        if isinstance(error, UnknownModulesError):
+            readings.extend(_moved(file, sources, settings))
+        fitting: dict[frozenset[str], tuple[AdapterFile, Planned]] = {}
+        for reading in readings:
             with suppress(UnmergeableError):
-                fitting.append((reading, _plan_whole(sources, settings, reading, base)))
+                planned = _plan_whole(sources, settings, reading, base)
+                fitting.setdefault(frozenset(reading.stored), (reading, planned))
         if len(fitting) != 1:
             raise
-        return fitting[0]
+        [found] = fitting.values()
+        return found
+
+
+def _moved(file: AdapterFile, sources: Resolved, settings: MergeSettings) -> Iterator[AdapterFile]:
+    """The file as of where its modules are now, if they were elsewhere in the model when it was trained."""
+    from merge_adapter.names.renamed import renamed_modules  # imports torch
+
+    method = check_method(file.adapter.config, soft_prompt=settings.soft_prompt)
+    modules, parameters = split_targets(file.specs, method.prefixes)
+    paths = {*modules, *(name.rpartition(".")[0] for name in parameters)}
+    trust = settings.trust_remote_code
+    if found := renamed_modules(sources.base, file.adapter.config, paths, trust_remote_code=trust):
+        yield moved(file, found)
 
 
 def _plan_whole(

@@ -101,18 +101,22 @@ def other_readings(file: AdapterFile) -> tuple[AdapterFile, ...]:
         readings.append((shorter, f"leading {extra}. removed"))
     longer = {f"{PREFIX}model.{path}": stored for path, stored in stored_as.items()}
     readings.append((longer, "leading model. added"))
-    return tuple(
-        replace(
-            file,
-            stored=stored,
-            notes=(
-                *file.notes,
-                f"All {len(stored)} adapter tensor names were repaired: {what}; only so do they fit.",
-            ),
-        )
-        for stored, what in readings
-        if len(stored) == len(file.stored)
-    )
+    return tuple(_reading(file, stored, what) for stored, what in readings if len(stored) == len(file.stored))
+
+
+def moved(file: AdapterFile, modules: Mapping[str, str]) -> AdapterFile:
+    """The file with the paths of its modules replaced: as they are -> as they are to be."""
+    stored: dict[str, str] = {}
+    for name, own in file.stored.items():
+        path = name.removeprefix(PREFIX)
+        module = max((one for one in modules if path.startswith(f"{one}.")), key=len)
+        stored[PREFIX + modules[module] + path.removeprefix(module)] = own
+    return _reading(file, stored, "renamed as transformers renames checkpoints of this model's older form")
+
+
+def _reading(file: AdapterFile, stored: Mapping[str, str], what: str) -> AdapterFile:
+    note = f"All {len(stored)} adapter tensor names were repaired: {what}; only so do they fit."
+    return replace(file, stored=stored, notes=(*file.notes, note))
 
 
 def repair_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from merge_adapter.errors import AccountingError, BaseModelError
+from merge_adapter.errors import BaseModelError, UnknownModulesError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
 from merge_adapter.methods.patterns import check_patterns, module_paths
 from merge_adapter.methods.promised import check_promised
@@ -102,7 +102,7 @@ def _context(
     if isinstance(names, NoNames):
         homeless = tuple(name for name in tensors if _inside(name, names.absent))
         if homeless:
-            raise AccountingError(
+            raise UnknownModulesError(
                 f"{len(homeless)} of {len(tensors)} adapter tensors belong to modules that the base does not have:"
                 f" {_some(homeless)}. {names.reason}.",
                 tensors=homeless,

@@ -137,6 +137,10 @@ of one kind, since no `config.json` describes such a stack.
 A few models cannot be streamed whatever the method: those whose tensors transformers converts on loading, by an
 operation that it cannot undo. The base is then loaded with transformers, the strategy is `memory`, and the tensors in
 question are stored under the names they have in memory, which transformers loads as well. Plan and report say so.
+
+Tensors may have other names than PEFT writes: a prefix doubled or missing, parts that FSDP, DeepSpeed, torch.compile or
+the adapter's own name add, modules where transformers 4 had them. They are read so when exactly one reading uses every
+tensor, and the report says it. What `adapter_config.json` says was trained and the file lacks is refused.
 """.splitlines()
 
 _REFUSED = """\

@@ -92,10 +92,11 @@ def read_adapter(adapter: Adapter) -> AdapterFile:
 def fitted(files: tuple[AdapterFile, ...], base: nn.Module) -> tuple[AdapterFile, ...]:
     """The files as they fit `base`: where no module of a file is one of the base's, under the one reading that fits.
 
-    A file may have one part too many in front of all its paths, or lack the first.
+    A file may have one part too many in front of all its paths, or lack the first, or know the modules by the paths
+    that they had in transformers 4.
     """
     paths = {path for path, _ in base.named_modules()}
-    return tuple(_fitted(file, paths) for file in files)
+    return tuple(_fitted(file, base, paths) for file in files)
 
 
 def names_read(files: tuple[AdapterFile, ...]) -> Iterator[Finding]:
@@ -189,22 +190,42 @@ def _unwrapped(names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _fitted(file: AdapterFile, paths: Collection[str]) -> AdapterFile:
+def _fitted(file: AdapterFile, base: nn.Module, paths: Collection[str]) -> AdapterFile:
+    method = file.adapter.method
     inside = {name: name.removeprefix(PREFIX) for name in file.tensors if name.startswith(PREFIX)}
-    if not inside or any(_module(path, file.adapter.method) in paths for path in inside.values()):
+    modules = {name: _module(path, method) for name, path in inside.items()}
+    if not inside or any(module in paths for module in modules.values()):
         return file
-    first = {path.partition(".")[0] for path in inside.values()}
-    readings = [{name: f"model.{path}" for name, path in inside.items()}]
-    if len(first) == 1:
-        readings.append({name: path.partition(".")[2] for name, path in inside.items()})
-    fitting = [
-        reading
-        for reading in readings
-        if all(_module(path, file.adapter.method) in paths for path in reading.values())
+    now = _moved(base, set(modules.values()))
+    readings = [
+        {module: f"model.{module}" for module in modules.values()},
+        {module: module.partition(".")[2] for module in modules.values()},
+        {module: now[module] for module in modules.values()},
     ]
+    if len({module.partition(".")[0] for module in modules.values()}) > 1:
+        del readings[1]
+    fitting = {tuple(reading.items()) for reading in readings if set(reading.values()) <= set(paths)}
     if len(fitting) != 1:
         return file
-    return file.under({name: PREFIX + fitting[0][name] if name in inside else name for name in file.tensors})
+    [(*reading,)] = fitting
+    new = dict(reading)
+    names = {
+        name: PREFIX + new[modules[name]] + path.removeprefix(modules[name]) for name, path in inside.items()
+    }
+    return file.under({name: names.get(name, name) for name in file.tensors})
+
+
+def _moved(base: Any, modules: Collection[str]) -> dict[str, str]:
+    """Where transformers would look for these modules if a checkpoint held them: its list knows older models."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    state, prefix = base.state_dict(), base.base_model_prefix
+    found = {
+        module: rename_source_key(f"{module}.weight", renamings, [], prefix, state)[0] for module in modules
+    }
+    return {module: name.removesuffix(".weight") for module, name in found.items()}
 
 
 def _module(path: str, method: str) -> str:
