@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ from merge_adapter import options as opt
 from merge_adapter.bot.cli import add_commands
 from merge_adapter.collecting import seldom_collected
 from merge_adapter.errors import ExitCode, MergeAdapterError, NotEquivalentError
+from merge_adapter.interrupts import interruptible
 from merge_adapter.option_groups import (
     BaseOptions,
     CombineOptions,
@@ -62,11 +62,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. The one place where errors become messages."""
     as_json = "--json" in arguments
-    signal.signal(signal.SIGTERM, _stop)
     # It warns of an optional kernel of its own whenever PEFT is imported beside it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app(args=arguments, prog_name="merge-adapter")
+        with interruptible():
+            app(args=arguments, prog_name="merge-adapter")
     except SystemExit as leaving:  # how Typer ends: usage errors it has told itself, and Ctrl-C
         code = leaving.code if isinstance(leaving.code, int) else ExitCode.DONE
         if code == ExitCode.INTERRUPTED:
@@ -367,8 +367,3 @@ def _say(message: str, hint: str = "") -> None:
 
     for line in (message, *([f"  {hint}"] if hint else [])):
         sys.stderr.write(printable(line) + "\n")
-
-
-def _stop(signum: int, frame: object) -> None:  # noqa: ARG001
-    """SIGTERM ends a run as Ctrl-C does, so that everything half-done is cleared."""
-    raise KeyboardInterrupt
