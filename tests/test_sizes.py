@@ -1,11 +1,19 @@
-"""Sizes as people write them."""
+"""Sizes as people write and read them."""
 
 from __future__ import annotations
 
 import pytest
 
 from merge_adapter.errors import InputError
-from merge_adapter.sizes import parse_bytes
+from merge_adapter.sizes import human_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_200_000_000, "2.2 GB"), (3.5e15, "3500.0 TB")],
+)
+def test_bytes(amount: float, text: str) -> None:
+    assert human_bytes(amount) == text
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from merge_adapter.workspace import (
     deliver,
     partial_folder,
     storage_errors,
-    work_folder,
+    temporary_files,
 )
 
 
@@ -91,18 +93,53 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
         check_space(tmp_path / "not" / "yet", 1 << 60)
 
 
+def test_sizes_in_messages_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones too: a model of some megabytes does not need 0.00 GB where 0.00 GB are free."""
+
+    class Full:
+        free = 1_500_000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _place: Full())
+    with pytest.raises(StorageError, match=r"needs 2\.5 MB, but its disk has 1\.5 MB free"):
+        check_space(tmp_path, 2_500_000)
+
+
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files of the test's own; the one below it that work folders are made in."""
+    """A folder for temporary files of the test's own; the one below it that those of a run lie in."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"merge-adapter-{os.getuid()}"
 
 
-def test_each_of_two_runs_of_a_job_has_a_work_folder_of_its_own(temporary: Path) -> None:
-    with work_folder("job") as one, work_folder("job") as other:
-        assert one != other
-        assert one.parent == other.parent == temporary
-        (one / "shard").write_bytes(b"1")
+def test_all_temporary_files_lie_in_one_folder_that_goes(temporary: Path) -> None:
+    """Those of child processes too, and whoever forgot to clear up."""
+    ask = [sys.executable, "-c", "import tempfile; print(tempfile.mkdtemp())"]
+    with temporary_files():
+        ours = Path(tempfile.mkdtemp())
+        childs = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+        assert ours.is_dir()
+        assert childs.is_dir()
+        assert ours.parent == childs.parent
+        assert ours.parent.parent == temporary
+    assert list(temporary.iterdir()) == []
+    assert Path(tempfile.gettempdir()) == Path(os.environ["TMPDIR"]) == temporary.parent
+
+
+def test_each_of_two_runs_has_temporary_files_of_its_own(temporary: Path) -> None:
+    second = (
+        "import sys, tempfile; from merge_adapter.workspace import temporary_files\n"
+        "with temporary_files(): print(tempfile.gettempdir(), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", second], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        with temporary_files():
+            assert Path(tempfile.gettempdir()).parent == theirs.parent == temporary
+            assert Path(tempfile.gettempdir()) != theirs
+            assert theirs.is_dir()
     assert list(temporary.iterdir()) == []
 
 
@@ -110,25 +147,27 @@ def test_what_a_killed_run_left_is_gone_when_any_other_begins(temporary: Path) -
     left = temporary / ".killed-0.partial"
     left.mkdir(parents=True)
     (left / "shard").write_bytes(b"1")
-    with work_folder("another") as place:
+    with temporary_files():
         assert not left.exists()
-        assert list(temporary.iterdir()) == [place]
+        assert [str(place) for place in temporary.iterdir()] == [tempfile.gettempdir()]
 
 
 def test_a_place_that_is_not_a_folder_is_no_place_to_work(temporary: Path) -> None:
     temporary.symlink_to(temporary.parent)
-    with pytest.raises(StorageError, match="is not a folder of this user"), work_folder("job"):
+    with pytest.raises(StorageError, match="is not a folder of this user"), temporary_files():
         pass
 
 
 def test_runs_that_begin_and_end_at_once_leave_each_other_alone(temporary: Path) -> None:
     """Each clears what the others leave, at every moment of theirs; none stumbles, and none loses its folder."""
-
-    def work(_: int) -> bool:
-        with work_folder("job") as place:
-            (place / "shard").write_bytes(b"1")
-            return (place / "shard").read_bytes() == b"1"
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(400)))
+    many = (
+        "import tempfile; from pathlib import Path; from merge_adapter.workspace import temporary_files\n"
+        "for _ in range(100):\n"
+        "    with temporary_files():\n"
+        "        place = Path(tempfile.gettempdir(), 'shard')\n"
+        "        place.write_bytes(b'1')\n"
+        "        assert place.read_bytes() == b'1'"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", many], stderr=subprocess.PIPE) for _ in range(4)]
+    assert [(one.communicate()[1], one.returncode) for one in runs] == [(b"", 0)] * 4
     assert list(temporary.iterdir()) == []

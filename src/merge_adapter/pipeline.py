@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.quantization import quantization_of
@@ -39,7 +40,7 @@ from merge_adapter.workspace import (
     memory_errors,
     partial_folder,
     storage_errors,
-    work_folder,
+    temporary_files,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def plan_merge(request: MergeRequest, *, hub: Hub) -> tuple[Resolved, MergePlan]
     return sources, make_plan(sources, request.settings)
 
 
+@temporary_files()
 @memory_errors()
 def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: Progress) -> Merged:
     """Merge into `output`, which appears only when it is whole; `output`.rejected when the gate says no.
@@ -109,6 +111,7 @@ def merge_to_folder(request: MergeRequest, output: Path, *, hub: Hub, progress: 
     return _build(sources, plan, _asking(request, sources, hub, progress), output, progress)
 
 
+@temporary_files()
 @memory_errors()
 def verify_merged(
     merged: str,
@@ -130,6 +133,7 @@ def verify_merged(
     return sources, verify(folder, sources, settings=gate, progress=progress)
 
 
+@temporary_files()
 @memory_errors()
 def run(
     request: MergeRequest,
@@ -165,7 +169,7 @@ def run(
     with ExitStack() as stack:
         place = output
         if place is None:
-            place = stack.enter_context(work_folder(job_name(sources))) / "merged"
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="merge-adapter-"))) / "merged"
         request = _asking(request, sources, hub, progress)
         merged = _build(sources, plan, request, place, progress, publishing)
         publication = None
@@ -274,11 +278,6 @@ def _judge(folder: Path, sources: Resolved, request: MergeRequest, progress: Pro
     from merge_adapter.verify import verify
 
     return verify(folder, sources, settings=request.gate, progress=progress)
-
-
-def job_name(sources: Resolved) -> str:
-    """Names a job's work folder."""
-    return (sources.adapter.repository.origin.revision or "local")[:16]
 
 
 def rejected(output: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Sizes and numbers as people write them."""
+"""Sizes and numbers as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import re
 from merge_adapter.errors import InputError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(amount: float) -> str:
+    """`amount` bytes in decimal units, as disks and networks are sold: 2_200_000_000 -> "2.2 GB"."""
+    value = float(amount)
+    for unit in _UNITS[:-1]:
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} {_UNITS[-1]}"
 
 
 def parse_bytes(text: str, *, what: str) -> int:

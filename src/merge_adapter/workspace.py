@@ -17,11 +17,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from merge_adapter.errors import MemoryShortError, StorageError, ran_out_of_memory
+from merge_adapter.sizes import human_bytes
 
 _WORK_FOLDERS = 64
-"""Runs of one job at a time on one machine, beyond which something is wrong."""
+"""Runs at a time on one machine, beyond which something is wrong."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_ELSEWHERE = "Free some space, or write to another disk: --output says where a merge goes, TMPDIR where what is not kept lies."
 
 
 class BusyError(StorageError):
@@ -37,8 +39,8 @@ def storage_errors(place: Path) -> Iterator[None]:
         if error.errno in _FULL:
             free = shutil.disk_usage(_existing(place)).free
             raise StorageError(
-                f"the disk that holds {place} is full ({free / 1e9:.1f} GB free): {error.strerror}",
-                hint="Free some space or write elsewhere; merge-adapter plan tells how much a merge needs.",
+                f"the disk that holds {place} is full ({human_bytes(free)} free): {error.strerror}",
+                hint=f"merge-adapter plan tells how much a merge needs. {_ELSEWHERE}",
             ) from error
         if error.errno in _UNWRITABLE:
             raise StorageError(f"{place} cannot be written: {error.strerror}") from error
@@ -78,8 +80,8 @@ def check_space(place: Path, needed: int) -> None:
     free = shutil.disk_usage(_existing(place)).free
     if free < needed:
         raise StorageError(
-            f"{place} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
-            hint="Free some space or name another --output.",
+            f"{place} needs {human_bytes(needed)}, but its disk has {human_bytes(free)} free",
+            hint=_ELSEWHERE,
         )
 
 
@@ -107,11 +109,11 @@ def partial_folder(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def work_folder(key: str) -> Iterator[Path]:
-    """An empty, locked folder for the job `key` below the system's folder for temporary files.
+def temporary_files() -> Iterator[None]:
+    """Let all temporary files of this process and of those that it starts lie in one locked folder, gone afterwards.
 
-    Its name is that of the job, so that what a killed run left is found, and gone, when the next one begins. A second
-    run at the same time gets a folder of its own.
+    Whoever makes such files clears them up, but a killed process clears nothing, and a dequantised base is as large as
+    a model. So the next run clears what it left. A second run at the same time has a folder of its own.
     """
     root = Path(tempfile.gettempdir()) / f"merge-adapter-{os.getuid()}"
     with storage_errors(root):
@@ -120,15 +122,31 @@ def work_folder(key: str) -> Iterator[Path]:
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
         raise StorageError(f"{root} is not a folder of this user", hint="Remove it, or set TMPDIR.")
     _clear_leftovers(root)
+    with _work_folder(root) as place:
+        ours, everyones = tempfile.tempdir, os.environ.get("TMPDIR")
+        tempfile.tempdir = os.environ["TMPDIR"] = str(place)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = ours
+            if everyones is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = everyones
+
+
+@contextmanager
+def _work_folder(root: Path) -> Iterator[Path]:
+    """The first locked folder below `root` that no other run has."""
     with ExitStack() as stack:
         for number in range(_WORK_FOLDERS):
             try:
-                place = stack.enter_context(partial_folder(root / f"{key}-{number}"))
+                place = stack.enter_context(partial_folder(root / f"run-{number}"))
                 break
             except BusyError:
                 continue
         else:
-            raise BusyError(f"{_WORK_FOLDERS} runs of this merge are at work in {root}")
+            raise BusyError(f"{_WORK_FOLDERS} runs are at work in {root}")
         yield place
 
 

@@ -5,16 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from merge_adapter.report.progress import LogProgress, human_bytes, human_seconds, progress_for
+from merge_adapter.report.progress import LogProgress, human_seconds, progress_for
 from merge_adapter.types import Silent
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_200_000_000, "2.2 GB"), (3.5e15, "3500.0 TB")],
-)
-def test_bytes(amount: float, text: str) -> None:
-    assert human_bytes(amount) == text
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _killed(world: World, adapter: str, home: Path, rule: Rule, *options: object
 def test_a_run_that_is_killed_is_finished_by_the_next(
     world: World, base: str, tmp_path: Path, merged_weights: Weights, where: str
 ) -> None:
-    """kill -9 leaves a draft without files, and work folders; the next run fills that draft and clears up."""
+    """kill -9 leaves a draft without files, and a work folder; the next run fills that draft and clears up."""
     adapter = world.adapter(base)
     home = tmp_path / "home"
     budget = world.budget(adapter)
@@ -100,7 +100,7 @@ def test_a_killed_run_of_the_whole_model_leaves_no_copy_of_it(
     adapter = world.adapter(base)
     home = tmp_path / "home"
     _killed(world, adapter, home, Rule(Delay(WAIT_SECONDS), method="POST", path=r"/commit/"), "--no-verify")
-    assert list((home / "tmp").glob("merge-adapter-*/.*/merged/*.safetensors"))
+    assert list((home / "tmp").glob("merge-adapter-*/.*/*/merged/*.safetensors"))
     process = world.start(adapter, home, "--no-verify")
     _, said = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == ExitCode.NOT_EQUIVALENT, said

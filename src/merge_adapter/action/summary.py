@@ -10,7 +10,8 @@ from typing import Any
 from merge_adapter.action.commands import SUMMARY_LIMIT, write_summary
 from merge_adapter.action.markdown import code, prose, table
 from merge_adapter.action.results import Failed, Finished, Result
-from merge_adapter.report.progress import human_bytes, human_seconds
+from merge_adapter.report.progress import human_seconds
+from merge_adapter.sizes import human_bytes
 from merge_adapter.types import Verdict
 
 _SIGNS = {

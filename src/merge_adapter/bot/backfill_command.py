@@ -21,7 +21,7 @@ from merge_adapter.errors import InputError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.catalogue import adapters_of, models_in_collection
 from merge_adapter.hub.jobs import Flavour, hardware
-from merge_adapter.report.progress import human_bytes
+from merge_adapter.sizes import human_bytes
 
 _STYLE = {
     Standing.MERGED: "green",

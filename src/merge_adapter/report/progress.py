@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING
 
 from merge_adapter.report.printable import printable
+from merge_adapter.sizes import human_bytes
 from merge_adapter.types import Progress, Silent, Task
 
 if TYPE_CHECKING:
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
 
 _LOG_INTERVAL = 5.0
 """Seconds between two plain lines of one stage."""
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def human_bytes(amount: float) -> str:
-    """`amount` bytes in decimal units, as disks and networks are sold: 2_200_000_000 -> "2.2 GB"."""
-    value = float(amount)
-    for unit in _UNITS[:-1]:
-        if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} {_UNITS[-1]}"
 
 
 def human_seconds(seconds: float) -> str:

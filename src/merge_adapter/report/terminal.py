@@ -14,7 +14,8 @@ from merge_adapter.plan import MergePlan
 from merge_adapter.report.document import adapter_entry, several_entries, source_entry
 from merge_adapter.report.evidence import verdict_rows
 from merge_adapter.report.printable import printable
-from merge_adapter.report.progress import human_bytes, human_seconds
+from merge_adapter.report.progress import human_seconds
+from merge_adapter.sizes import human_bytes
 from merge_adapter.staging.needs import as_option, least_budget
 from merge_adapter.types import Adapter, Operation, Resolved, Verdict
 

@@ -12,7 +12,7 @@ from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.errors import InputError, StorageError
 from merge_adapter.methods.refuse import SOFT_PROMPTS
 from merge_adapter.plan import MergePlan
-from merge_adapter.report.progress import human_bytes
+from merge_adapter.sizes import human_bytes
 from merge_adapter.staging.units import Schedule, schedule
 from merge_adapter.types import FileOrigin, MergeSettings, Resolved, Strategy
 

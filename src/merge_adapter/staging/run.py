@@ -11,19 +11,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.layout import Layout
 from merge_adapter.errors import StorageError
 from merge_adapter.merge import merge, write_index
 from merge_adapter.paperwork import Work, write_reports
-from merge_adapter.pipeline import MergeRequest, RunOutcome, job_name
+from merge_adapter.pipeline import MergeRequest, RunOutcome
 from merge_adapter.plan import MergePlan
 from merge_adapter.publish import Outbox, PublishSettings, discard, publish
 from merge_adapter.publish.contents import Gone
 from merge_adapter.report import document
 from merge_adapter.report.evidence import verdict_markdown
-from merge_adapter.report.progress import human_bytes
+from merge_adapter.sizes import human_bytes
 from merge_adapter.staging.ledger import Ledger
 from merge_adapter.staging.needs import (
     Needs,
@@ -53,7 +55,7 @@ from merge_adapter.types import (
     Verdict,
     Verification,
 )
-from merge_adapter.workspace import check_space, work_folder
+from merge_adapter.workspace import check_space
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub
@@ -90,7 +92,8 @@ def run_within(
         )
     least = passage(sources, plan, layout)
     check_budget(budget, needs, least)
-    with work_folder(job_name(sources)) as folder, ExitStack() as stack:
+    with TemporaryDirectory(prefix="merge-adapter-") as name, ExitStack() as stack:
+        folder = Path(name)
         check_space(folder, needs.fixed + least.least_bytes)
         check_sparse(folder)
         place = set_up(folder, sources, plan, layout, request.settings)
@@ -196,7 +199,7 @@ class Passage:
     def _say(self, units: Schedule) -> None:
         copied = sum(shard.bytes for shard in units.copied)
         text = (
-            f"{len(units.units)} shards or groups of shards pass through {self.budget / 1e9:.2f} GB of disk"
+            f"{len(units.units)} shards or groups of shards pass through {human_bytes(self.budget)} of disk"
         )
         if copied:
             text += f"; {len(units.copied)} shards without a change ({copied:,} bytes) are copied by the Hub"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_adapter.errors import StorageError
+from merge_adapter.sizes import human_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,8 @@ def check_room(place: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size + SPARE > free:
         raise StorageError(
-            f"the models' answers take {size / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free",
+            f"the models' answers take {human_bytes(size)}, and {human_bytes(SPARE)} are left free beside them; "
+            f"{place} has {human_bytes(free)} free",
             hint="Free them there, let TMPDIR name a folder on a larger disk, or ask less with --probe-tokens.",
         )
 

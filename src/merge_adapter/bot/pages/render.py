@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from merge_adapter import __version__
 from merge_adapter.report.charts import STYLE
-from merge_adapter.report.progress import human_bytes, human_seconds
+from merge_adapter.report.progress import human_seconds
+from merge_adapter.sizes import human_bytes
 
 HTMX = "htmx-4.0.1.min.js"
 _STATIC = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from merge_adapter.errors import InputError
 from merge_adapter.hub.jobs import Flavour
-from merge_adapter.report.progress import human_bytes
+from merge_adapter.sizes import human_bytes
 
 _RUNTIME_BYTES = 2_000_000_000
 """Memory of Python, torch and transformers before any weight is loaded, with room to spare."""
