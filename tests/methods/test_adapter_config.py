@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def test_a_pissa_adapter_saved_converted_is_merged(bench: Callable[..., Any], tm
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", "many"), ("r", 0), ("r", 4.0), ("lora_alpha", None), ("lora_alpha", float("nan")), ("target_modules", 3),
+    [("r", "many"), ("r", 0), ("r", 4.0), ("r", math.nan), ("r", math.inf), ("lora_alpha", None),
+     ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", 10**400), ("target_modules", 3),
      ("target_modules", [3]), ("exclude_modules", {}), ("rank_pattern", [1]), ("alpha_pattern", {"q_proj": "big"}),
      ("modules_to_save", "lm_head"), ("use_rslora", "yes"), ("bias", "some")],
 )  # fmt: skip

@@ -6,8 +6,8 @@ warning; here a key that is switched on and unknown is refused by name, for it m
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -125,7 +125,9 @@ def _check_pattern(key: str, pattern: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether arithmetic can take it: Python's JSON also knows NaN, infinity and integers of any length."""
+    most = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _are_names(value: object) -> bool:
