@@ -75,6 +75,19 @@ def test_private_repositories_do_not_exist_for_others(alice, bob, nobody):
     assert nobody.model_info("alice/private-one").private is False
 
 
+def test_an_id_without_an_owner_names_no_repository(alice, nobody, tmp_path):
+    """Configs name such old ones, `gpt2`: clients are told what they are told of any that is missing."""
+    for api in (alice, nobody):
+        for ask in (
+            lambda api=api: api.model_info("gpt2"),
+            lambda api=api: api.model_info("gpt2", revision="main"),
+            lambda api=api: api.hf_hub_download("gpt2", "config.json", cache_dir=tmp_path),
+        ):
+            with pytest.raises(RepositoryNotFoundError):
+                ask()
+        assert not api.repo_exists("gpt2")
+
+
 def test_gated_files_open_when_access_is_granted(alice, bob, nobody, repo, tmp_path):
     """Metadata stays readable; files need a place in the list."""
     alice.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=repo)

@@ -18,6 +18,7 @@ from localhub.errors import (
     LoginRequiredError,
     NotFoundError,
     RefusedError,
+    RepoNotFoundError,
 )
 from localhub.git import UNREADABLE
 from localhub.repositories import AccessStatus, Gate, Repository
@@ -219,6 +220,14 @@ def info(ctx: Ctx, kind: str, owner: str, name: str, request: Request) -> Respon
 @router.get("/api/{kind:kind}/{owner:seg}/{name:seg}/revision/{revision:seg}")
 def info_at(ctx: Ctx, kind: str, owner: str, name: str, revision: str, request: Request) -> Response:
     return _info(ctx, kind, owner, name, revision, request)
+
+
+@router.get("/api/{kind:kind}/{name:seg}")
+@router.get("/api/{kind:kind}/{name:seg}/revision/{revision:seg}")
+@router.api_route("/{name:seg}/resolve/{where:rest}", methods=["GET", "HEAD"])
+def without_owner(ctx: Ctx) -> Response:
+    """Every repository has an owner here. On the Hub some old ones, such as `gpt2`, are found without theirs, too."""
+    raise RepoNotFoundError(anonymous=ctx.identity is None)
 
 
 def _info(ctx: Context, kind: str, owner: str, name: str, revision: str, request: Request) -> Response:
