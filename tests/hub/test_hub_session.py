@@ -138,9 +138,17 @@ def test_bugs_are_not_turned_into_errors_of_the_hub() -> None:
         raise TypeError("ours")
 
 
-def test_a_full_cache_is_told_as_what_it_is() -> None:
-    """Exit 2, not 5: the Hub is not to blame."""
-    error = OSError(28, "No space left on device", "/cache/blob")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/cache/blob"),
+        RuntimeError(
+            "Task error: File reconstruction error: IO Error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_a_full_cache_is_told_as_what_it_is(error: Exception) -> None:
+    """Exit 2, not 5: the Hub is not to blame. hf_xet says it in words of its own."""
     told = translate(error, Call("download x", "http://hub"))
     assert isinstance(told, StorageError)
     assert "HF_HOME" in told.hint

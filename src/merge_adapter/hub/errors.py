@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +57,7 @@ CLIENT_ERRORS = (
 """What the client is known to raise; anything else is a bug of ours and stays as it is."""
 
 AGAIN = "Run the same command again: it continues where it stopped."
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _SERVER_TEXT_LIMIT = 500
 """Characters of a server's own message that are shown."""
 
@@ -111,9 +114,11 @@ def translate(error: BaseException, call: Call) -> MergeAdapterError:
         return _refused(error, call)
     if isinstance(error, HFValidationError):
         return InputError(f"cannot {call.doing}: {_text(error, call)}", hint="A Hub id reads owner/name.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    code = _error_number(error)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        place = getattr(error, "filename", None) or "the cache of huggingface_hub"
         return StorageError(
-            f"cannot {call.doing}: {error.strerror} ({error.filename or 'the cache of huggingface_hub'})",
+            f"cannot {call.doing}: {os.strerror(code)} ({place})",
             hint="Free space, or point HF_HOME to a larger disk.",
         )
     if isinstance(error, PermissionError):
@@ -122,6 +127,14 @@ def translate(error: BaseException, call: Call) -> MergeAdapterError:
             hint="Point HF_HOME to a folder that this user may write.",
         )
     return _unreachable(error, call)
+
+
+def _error_number(error: BaseException) -> int | None:
+    """What the operating system said, to Python or to hf_xet, which has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = _RUST_ERROR.search(str(error))
+    return int(said[1]) if said else None
 
 
 def status_of(error: BaseException) -> int | None:
