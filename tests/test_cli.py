@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 
-from merge_adapter.cli import run
+from merge_adapter.cli import app, run
 from merge_adapter.errors import ExitCode
 from merge_adapter.report import document
 
@@ -38,6 +39,20 @@ def merged(tmp_path_factory: pytest.TempPathFactory, lm_base: Path, lm_adapter: 
     output = tmp_path_factory.mktemp("cli") / "merged"
     assert run(["merge", str(lm_adapter), "--base-model", str(lm_base), "-o", str(output), "--quiet"]) == 0
     return output
+
+
+def test_no_help_text_is_read_as_markup() -> None:
+    """Typer's help takes what stands in square brackets for markup, and shows nothing of it."""
+
+    def texts(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        yield from (getattr(one, "help", None) or "" for one in command.params)
+        for below in getattr(command, "commands", {}).values():
+            yield from texts(below)
+
+    found = list(texts(get_command(app)))
+    assert len(found) > 50
+    assert [text for text in found if "[" in text] == []
 
 
 def test_a_merged_folder_is_whole_and_says_what_it_is(merged: Path, lm_adapter: Path) -> None:

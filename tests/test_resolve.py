@@ -74,12 +74,12 @@ def test_the_one_adapter_below_is_taken_and_several_are_not_guessed(
     make_adapter(tmp_path / "run" / "checkpoint-5", base_model_name_or_path=str(base))
     sources = resolve(SourceRequest((str(tmp_path / "run"),)), hub=unreachable)
     assert sources.adapter.repository.origin.subfolder == "checkpoint-5"
-    make_adapter(tmp_path / "run" / "checkpoint-9", base_model_name_or_path=str(base))
+    make_adapter(tmp_path / "run" / "the ninth", base_model_name_or_path=str(base))
     with pytest.raises(InputError, match="2 adapters") as caught:
         resolve(SourceRequest((str(tmp_path / "run"),)), hub=unreachable)
-    assert "--subfolder checkpoint-9" in caught.value.hint
-    request = SourceRequest((str(tmp_path / "run"),), subfolder="checkpoint-9")
-    assert resolve(request, hub=unreachable).adapter.repository.origin.subfolder == "checkpoint-9"
+    assert "--subfolder 'the ninth'" in caught.value.hint  # as it is typed in a shell
+    request = SourceRequest((str(tmp_path / "run"),), subfolder="the ninth")
+    assert resolve(request, hub=unreachable).adapter.repository.origin.subfolder == "the ninth"
 
 
 def test_each_adapter_may_name_its_subfolder(tmp_path: Path, base: Path, unreachable: Hub) -> None:

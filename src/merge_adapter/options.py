@@ -89,9 +89,9 @@ Weights = Annotated[
     typer.Option(
         "--weight",
         metavar="W",
-        help="What the update is multiplied with; once per adapter, in their order [default: 1 each].",
+        help="What the update is multiplied with; once per adapter, in their order.",
         rich_help_panel=_SEVERAL,
-        show_default=False,
+        show_default="1 each",
     ),
 ]
 CombinationOption = Annotated[
@@ -122,9 +122,9 @@ SvdRank = Annotated[
         "--svd-rank",
         metavar="R",
         min=1,
-        help="svd: the rank that is kept [default: the largest of the adapters'].",
+        help="svd: the rank that is kept.",
         rich_help_panel=_SEVERAL,
-        show_default=False,
+        show_default="the largest of the adapters'",
     ),
 ]
 CombinationSeed = Annotated[
@@ -232,8 +232,9 @@ TargetRepo = Annotated[
     typer.Option(
         "--target-repo",
         metavar="ID",
-        help="The repository [default: ADAPTER-merged].",
+        help="The repository.",
         rich_help_panel=_PUBLISH,
+        show_default="ADAPTER-merged",
     ),
 ]
 Private = Annotated[

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder, folder_at
@@ -253,7 +254,7 @@ def _only_adapter_below(text: str, repository: Repository, hub: Hub, notes: list
         shown = ", ".join(folders[:8]) + (", …" if len(folders) > 8 else "")
         raise InputError(
             f"{repository.origin} holds {len(folders)} adapters, none at its root: {shown}",
-            hint=f"Choose one: --subfolder {folders[-1]}, or {text}:{folders[-1]}",
+            hint=f"Choose one: --subfolder {quote(folders[-1])}, or {quote(f'{text}:{folders[-1]}')}",
         )
     origin = repository.origin
     subfolder = f"{origin.subfolder}/{folders[0]}".strip("/")

@@ -23,7 +23,7 @@ _WORK_FOLDERS = 64
 """Runs at a time on one machine, beyond which something is wrong."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
-_ELSEWHERE = "Free some space, or write to another disk: --output says where a merge goes, TMPDIR where what is not kept lies."
+_ELSEWHERE = "Free some space, or use another disk: --output names the place of a merge, TMPDIR that of temporary data."
 
 
 class BusyError(StorageError):
