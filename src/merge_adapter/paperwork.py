@@ -29,6 +29,8 @@ class Work:
     result: MergeResult
     packaged: Packaged
     verification: Verification
+    license: str | None = None
+    """The licence that was chosen for the publication, where one was."""
 
     def document(self, *written: OutputFile) -> dict[str, Any]:
         """The report, with the files `written` after the stages."""
@@ -51,6 +53,7 @@ class Work:
             },
             verification=self.verification,
             notes=(*self.sources.notes, *self.plan.notes, *result.notes, *self.packaged.notes),
+            license=self.license,
         )
 
 
@@ -68,7 +71,7 @@ def write_reports(folder: Path, work: Work, publishing: PublishSettings | None) 
         plan=work.plan,
         report=draft,
         table=verdict_markdown(draft["verification"]),
-        license=publishing.license if publishing is not None else None,
+        license=work.license,
         place=target.repo_id if target is not None else None,
         subfolder=target.path_in_repo if target is not None else "",
     )

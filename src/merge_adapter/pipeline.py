@@ -149,13 +149,14 @@ def run(
     With `disk_budget`, in bytes, shards pass through one after another where base and merged model need more than that.
     Sources and settings already published are not merged again: the outcome says "unchanged".
     """
-    from merge_adapter.publish import find_published, prepare, publish
+    from merge_adapter.publish import find_published, prepare, publish, repinned
 
     if output is not None:
         _check_output(output)
     sources = resolve(request.source, hub=hub, quantized_base=request.settings.quantized_base)
     if publishing.publish_to is not PublishTo.NONE:
         publishing = prepare(sources, request.settings, publishing, hub=hub)
+        sources = repinned(sources, publishing, hub=hub)
         published = find_published(sources, request.settings, publishing, hub=hub)
         if published is not None and output is None:
             return _unchanged(published.report, published.publication)
@@ -262,7 +263,8 @@ def _build(
             )
         packaged = package(sources, plan, partial, settings=request.settings)
         verification = _judge(partial, sources, request, progress)
-        work = Work(sources, plan, request.settings, result, packaged, verification)
+        license = publishing.license if publishing is not None else None
+        work = Work(sources, plan, request.settings, result, packaged, verification, license)
         report = write_reports(partial, work, publishing)
         merged = Merged(output, report, verification, sources, plan)
         if not merged.accepted:

@@ -13,7 +13,15 @@ from huggingface_hub import constants, get_session, snapshot_download
 
 from merge_adapter.errors import HubError, InputError, PolicyError
 from merge_adapter.hub import Hub, PullRequests
-from merge_adapter.publish import PublishSettings, find_published, prepare_folder, publish
+from merge_adapter.publish import (
+    Published,
+    PublishSettings,
+    find_published,
+    prepare,
+    prepare_folder,
+    publish,
+    repinned,
+)
 from merge_adapter.publish.identity import find_marker
 from merge_adapter.types import (
     Adapter,
@@ -119,6 +127,77 @@ def test_what_is_published_is_found_before_merging(world, sources) -> None:
     world.merge_pull(done.repo, 1)
     on_main = find_published(resolved, MergeSettings(), settings, hub=hub)
     assert on_main.publication.number is None
+
+
+def test_an_adapter_that_did_not_change_is_published_once(world, sources) -> None:
+    """A publication into its own repository moves that one's head; so do other adapters and merges beside it."""
+    adapter, base = sources
+    hub = world.hub("ann")
+    own = PublishSettings(target_repo=adapter)
+
+    def found() -> Published | None:
+        resolved = resolved_sources(hub, adapter, base)
+        settings = prepare(resolved, MergeSettings(), own, hub=hub)
+        return find_published(repinned(resolved, settings, hub=hub), MergeSettings(), settings, hub=hub)
+
+    first = put(world, world.merged(adapter, base), own)
+    world.merge_pull(adapter, 1)
+    assert found().publication.operation is Operation.UNCHANGED
+    world.repository(adapter, {"other/merge_report.json": b"{}", "other/model.safetensors": b"another merge"})
+    assert found().report["adapter"]["revision"] != world.api("ann").model_info(adapter).sha
+    world.repository(adapter, {"adapter_config.json": b'{"peft_type": "LORA", "r": 8}'})
+    assert found() is None
+    second = put(world, world.merged(adapter, base, seed=1), own)
+    assert (first.number, second.number, second.operation) == (1, 2, Operation.CREATED)
+    assert found().publication.number == 2  # there is one on main, too, of the adapter as it was
+
+
+@pytest.mark.parametrize("where", ["refs/pr/1", "main"])
+def test_a_card_that_people_edited_stays_as_they_left_it(world, sources, where: str) -> None:
+    """What was published is still there, and a next run does not take their words away."""
+    merged = world.merged(*sources)
+    first = put(world, merged)
+    if where == "main":
+        world.merge_pull(first.repo, 1)
+    api = world.api("ann")
+    words = b"---\nlicense: mit\n---\nMy own words."
+    api.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id=first.repo, revision=where)
+    assert put(world, merged).operation is Operation.UNCHANGED
+    assert world.hub("ann").open(first.repo, revision=where).read("README.md") == words
+    api.upload_file(
+        path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=first.repo, revision=where
+    )  # the model is another matter
+    assert put(world, merged).operation is not Operation.UNCHANGED
+
+
+def test_another_licence_is_another_publication(world, sources) -> None:
+    """Who names one after the fact is not told that nothing changed."""
+    hub = world.hub("ann")
+    resolved = resolved_sources(hub, *sources)
+    put(world, world.merged(*sources))
+    for license, known in ((None, True), ("mit", False), ("MIT", False)):
+        settings = prepare(resolved, MergeSettings(), PublishSettings(license=license), hub=hub)
+        assert (find_published(resolved, MergeSettings(), settings, hub=hub) is not None) is known
+    merged = world.merged(*sources)
+    merged.rewrite("README.md", b"---\nlicense: mit\n---\n")
+    merged.report["settings"]["license"] = "mit"
+    assert (
+        put(world, merged.judged(Verdict.PASS), PublishSettings(license="MIT")).operation is Operation.UPDATED
+    )
+    assert find_published(resolved, MergeSettings(), settings, hub=hub) is not None
+
+
+@pytest.mark.parametrize("license", ["no such licence", "apache 2"])
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(
+    world, sources, license: str
+) -> None:
+    adapter, base = sources
+    hub = world.hub("ann")
+    resolved = resolved_sources(hub, adapter, base)
+    with pytest.raises(InputError, match='"license" must be one of') as caught:
+        prepare(resolved, MergeSettings(), PublishSettings(license=license), hub=hub)
+    assert "--license" in caught.value.hint
+    assert not hub.exists(f"{adapter}-merged")
 
 
 def test_drafts_are_not_found_as_published(world, sources) -> None:
@@ -332,12 +411,12 @@ def test_licences_of_the_sources_are_compared(world) -> None:
 
 
 def test_metadata_that_the_hub_refuses_is_told_in_its_words(world, sources) -> None:
-    """A card with a broken licence field, for example; no pull request becomes ready."""
+    """A card with a broken licence field, for example. Nothing is made on the Hub for it."""
     merged = world.merged(*sources)
     merged.rewrite("README.md", b"---\nlicense: [1, {}]\nbase_model: 3\n---\n")
-    with pytest.raises(HubError, match="metadata"):
+    with pytest.raises(InputError, match="metadata"):
         put(world, merged)
-    assert [status for _, status, _ in world.pulls(f"{sources[0]}-merged")] == ["draft"]
+    assert not world.hub("ann").exists(f"{sources[0]}-merged")
 
 
 def test_a_foreign_pull_request_with_our_marker_is_not_continued(world, sources) -> None:

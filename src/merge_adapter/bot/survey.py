@@ -14,7 +14,7 @@ from merge_adapter.errors import MergeAdapterError, RemoteError, StorageError
 from merge_adapter.hub import Hub, HubRepository
 from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.plan import make_plan
-from merge_adapter.publish import PublishSettings, find_published, prepare
+from merge_adapter.publish import PublishSettings, find_published, prepare, repinned
 from merge_adapter.publish.policy import inspect
 from merge_adapter.publish.settings import Openness
 from merge_adapter.resolve import SourceRequest, resolve
@@ -138,6 +138,7 @@ def _plan(
     sources = resolve(source, hub=hub)
     origin = sources.adapter.repository.origin
     publishing = prepare(sources, MergeSettings(), PublishSettings(allow_base=settings.allow_base), hub=hub)
+    sources = repinned(sources, publishing, hub=hub)
     published = find_published(sources, MergeSettings(), publishing, hub=hub)
     found = Candidate(
         repo_id,

@@ -6,18 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session, hf_raise_for_status
 from huggingface_hub import constants as client_constants
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
 from merge_adapter import __version__
+from merge_adapter.errors import InputError
 from merge_adapter.hub.access import oidc_resource
 from merge_adapter.hub.errors import Call, RefusedError, translated
 from merge_adapter.hub.repository import HubRepository
 from merge_adapter.hub.session import Patience, prepare_client, repeat
+
+_LONGEST_COMPLAINT = 1200
+"""Characters: the Hub lists every licence it knows."""
 
 
 class Hub:
@@ -71,6 +75,29 @@ class Hub:
         """Make a model repository; one that is there already stays as it is. None: as its owner has it by default."""
         with self.calling(f"create the repository {repo_id}", repo_id=repo_id):
             repeat(lambda: self.api.create_repo(repo_id, private=private, exist_ok=True), self.patience)
+
+    def check_card(self, text: str) -> None:
+        """Raise InputError, in the Hub's own words, when it would refuse a README.md for its metadata."""
+        with self.calling("have the metadata of the model card checked"):
+            answer = repeat(lambda: self._validated(text), self.patience)
+        problems = "; ".join(str(one.get("message")) for one in answer.get("errors", ()))
+        if problems:
+            said = " ".join(problems.split())
+            raise InputError(
+                f"the Hub refuses the metadata of the model card: {said[:_LONGEST_COMPLAINT]}",
+                hint="A licence is set with --license ID, the rest in the cards of adapter and base. Then merge again.",
+            )
+
+    def _validated(self, text: str) -> Any:
+        """The Hub's answer on a card; it refuses one with status 400."""
+        response = get_session().post(
+            f"{self.endpoint}/api/validate-yaml",
+            json={"content": text, "repoType": "model"},
+            headers=self.headers(),
+        )
+        if response.status_code != 400:
+            hf_raise_for_status(response)
+        return response.json()
 
     def check_may_create(self, repo_id: str) -> None:
         """Raise RefusedError when this identity is known to have no right to make `repo_id`.

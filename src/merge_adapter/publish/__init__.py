@@ -5,6 +5,7 @@ target.py       where it goes: prepare, prepare_folder
 policy.py       who may see it
 contents.py     the folder against its report
 identity.py     how the same publication is recognised
+repinned.py     an adapter that did not change while its repository did
 flow.py         publish, find_published
 outbox.py       files handed over one by one, ahead of the commit
 whole.py        what the Hub holds against what was sent
@@ -13,6 +14,7 @@ description.py  the words
 
 from merge_adapter.publish.flow import Published, find_published, publish
 from merge_adapter.publish.outbox import Outbox, discard
+from merge_adapter.publish.repinned import repinned
 from merge_adapter.publish.settings import Openness, PublishSettings, Source, Target
 from merge_adapter.publish.target import prepare, prepare_folder
 
@@ -28,4 +30,5 @@ __all__ = [
     "prepare",
     "prepare_folder",
     "publish",
+    "repinned",
 ]

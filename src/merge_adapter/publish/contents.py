@@ -17,7 +17,7 @@ from merge_adapter.report.document import REPORT_FILE, dump
 from merge_adapter.types import Progress
 
 if TYPE_CHECKING:
-    from merge_adapter.hub import Handed
+    from merge_adapter.hub import Handed, Hub
 
 _BLOCK = 4 << 20
 """Bytes hashed at a time."""
@@ -80,16 +80,19 @@ def check_contents(
     return (*files, *elsewhere, _report_file(root, report))
 
 
-def check_card(folder: Path, settings: PublishSettings) -> None:
-    """Raise InputError when a licence was given for the publication that the card in `folder` does not state."""
-    if settings.license is None or settings.licence is None:
+def check_card(folder: Path, settings: PublishSettings, *, hub: Hub) -> None:
+    """Raise InputError for a card that the Hub would refuse, or that does not state the licence that was given."""
+    place = folder / "README.md"
+    if not place.is_file():
         return
-    stated = read_licence(read_card(folder / "README.md"))
-    if stated.id != settings.licence.licence.id:
-        raise InputError(
-            f"the model card in {folder} states the licence {stated}, but {settings.license} was given",
-            hint=f"Merge again with --license {settings.license}, which writes it into the card.",
-        )
+    if settings.license is not None and settings.licence is not None:
+        stated = read_licence(read_card(place))
+        if stated.id != settings.licence.licence.id:
+            raise InputError(
+                f"the model card in {folder} states the licence {stated}, but {settings.license} was given",
+                hint=f"Merge again with --license {settings.license}, which writes it into the card.",
+            )
+    hub.check_card(place.read_text(encoding="utf-8", errors="replace"))
 
 
 def read_card(place: Path) -> Mapping[str, Any]:

@@ -26,7 +26,13 @@ from merge_adapter.publish.identity import (
 )
 from merge_adapter.publish.settings import PublishSettings, Target
 from merge_adapter.publish.target import find_target, prepare_folder
-from merge_adapter.publish.whole import check_remote, listed_files, published_report, read_remote_report
+from merge_adapter.publish.whole import (
+    check_remote,
+    listed_files,
+    model_files,
+    published_report,
+    read_remote_report,
+)
 from merge_adapter.types import (
     MergeSettings,
     OnFail,
@@ -105,7 +111,7 @@ def find_published(
     target = publishing.target
     if target is None:
         raise InputError("the publication was not prepared: call prepare first")
-    identity = identity_of_sources(sources, settings, target.path_in_repo)
+    identity = identity_of_sources(sources, settings, target.path_in_repo, publishing.license)
     if identity is None or find_target(target, hub=hub) is None:
         return None
     main = hub.open(target.repo_id, subfolder=target.path_in_repo)
@@ -114,7 +120,7 @@ def find_published(
         return Published(found, _on_main(main, target, Operation.UNCHANGED, hub))
     if publishing.publish_to is PublishTo.NEW_REPO:
         return None
-    for pull in _of_lane(PullRequests(hub, target.repo_id), identity):
+    for pull in of_lane(PullRequests(hub, target.repo_id), identity.lane):
         if pull.draft:
             continue
         head = hub.open(target.repo_id, revision=pull.ref, subfolder=target.path_in_repo)
@@ -149,7 +155,7 @@ def publish(
     if settings.target is None:
         settings = prepare_folder(report, settings, hub=hub)
     assert settings.target is not None
-    check_card(folder, settings)
+    check_card(folder, settings, hub=hub)
     if report["verification"]["verdict"] != verification.verdict.value:
         raise InputError(
             f"the report says {report['verification']['verdict']}, the gate {verification.verdict}"
@@ -240,7 +246,7 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
 
     made = _commit_to_pull(job, pull, head, earlier) if same is None else None
     commit = head.revision if made is None else made.sha
-    _check(job, commit, job.listed if same is None else listed_files(same))
+    _check(job, commit, job.listed if same is None else model_files(same))
     if not settled:
         job.pulls.describe(pull, description.title(job.report), _description(job, pull.number))
     if job.passed:
@@ -282,7 +288,7 @@ def _is_of(job: _Job, report: Mapping[str, Any] | None) -> bool:
 
 def _choose(job: _Job) -> PullRequest | None:
     """The pull request to continue: the first of its lane. What did not pass never goes into one that is ready."""
-    for pull in _of_lane(job.pulls, job.identity):
+    for pull in of_lane(job.pulls, job.identity.lane):
         if job.passed or pull.draft:
             return pull
     return None
@@ -304,7 +310,7 @@ def _create(job: _Job) -> PullRequest:
 
 def _close_superseded(job: _Job, kept: PullRequest | None) -> None:
     """Drafts of the same lane are of no use once one passed; `kept` is None when it went to main."""
-    for pull in _of_lane(job.pulls, job.identity):
+    for pull in of_lane(job.pulls, job.identity.lane):
         if pull.draft and (kept is None or pull.number != kept.number):
             better = f"#{kept.number}" if kept is not None else "a commit to main"
             job.pulls.close(pull, f"Superseded by {better}, which passed.")
@@ -365,13 +371,14 @@ def _description(job: _Job, number: int) -> str:
     return description.describe(job.report, job.marker, job.target, notes=job.settings.notes, number=number)
 
 
-def _of_lane(pulls: PullRequests, identity: Identity) -> list[PullRequest]:
-    return [pull for pull in pulls.mine() if _marks(pull, identity)]
+def of_lane(pulls: PullRequests, lane: str) -> list[PullRequest]:
+    """This account's own pull requests of a lane, open and draft ones."""
+    return [pull for pull in pulls.mine() if _marks(pull, lane)]
 
 
-def _marks(pull: PullRequest, identity: Identity) -> bool:
+def _marks(pull: PullRequest, lane: str) -> bool:
     marker = find_marker(pull.description)
-    return marker is not None and marker.identity.lane == identity.lane
+    return marker is not None and marker.identity.lane == lane
 
 
 def _same(repository: HubRepository, identity: Identity, target: Target) -> dict[str, Any] | None:

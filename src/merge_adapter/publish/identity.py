@@ -73,18 +73,32 @@ def identity_of_report(report: Mapping[str, Any], path_in_repo: str) -> Identity
     return _identity(adapters, base, settings, weights, path_in_repo)
 
 
-def identity_of_sources(sources: Resolved, settings: MergeSettings, path_in_repo: str) -> Identity | None:
-    """The identity before anything is merged; None where a local source leaves it open until then."""
-    adapters = [
-        _source({**source_entry(one.repository.origin), "weight": one.weight}) for one in sources.adapters
-    ]
+def identity_of_sources(
+    sources: Resolved, settings: MergeSettings, path_in_repo: str, license: str | None = None
+) -> Identity | None:
+    """The identity before anything is merged; None where a local source leaves it open until then.
+
+    `license` is the one that was chosen, where one was.
+    """
+    adapters = _adapters(sources)
     base = _source(source_entry(sources.base.repository.origin))
     if not all(source["revision"] for source in (*adapters, base)):
         return None
-    chosen: dict[str, Any] = {**settings_entry(settings), "dtype": settings.dtype.value}
+    chosen: dict[str, Any] = {**settings_entry(settings, license), "dtype": settings.dtype.value}
     if len(sources.adapters) > 1:
         chosen["combination"] = combination_entry(sources.combination)
     return _identity(adapters, base, chosen, [], path_in_repo)
+
+
+def lane_of(sources: Resolved, path_in_repo: str) -> str:
+    """The lane alone, which is known for any sources."""
+    return _digest(_lane(_adapters(sources), path_in_repo))[:16]
+
+
+def _adapters(sources: Resolved) -> list[dict[str, Any]]:
+    return [
+        _source({**source_entry(one.repository.origin), "weight": one.weight}) for one in sources.adapters
+    ]
 
 
 def _source(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def _identity(
     weights: list[list[str]],
     path_in_repo: str,
 ) -> Identity:
-    lane = [[one["id"], one["subfolder"]] for one in adapters] + [path_in_repo]
+    lane = _lane(adapters, path_in_repo)
     key = {"adapters": adapters, "base": base, "settings": dict(settings), "weights": weights}
     return Identity(
         lane=_digest(lane)[:16],
@@ -116,6 +130,10 @@ def _identity(
         adapter=adapters[0]["revision"] or "local",
         base=base["revision"] or "local",
     )
+
+
+def _lane(adapters: list[dict[str, Any]], path_in_repo: str) -> list[Any]:
+    return [[one["id"], one["subfolder"]] for one in adapters] + [path_in_repo]
 
 
 def _digest(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import InputError, NotFoundError
 from merge_adapter.licences import Licence
+from merge_adapter.packaging.metadata import front_matter
 from merge_adapter.publish import policy
 from merge_adapter.publish.settings import Openness, PublishSettings, Source, Target
 from merge_adapter.resolve import ADAPTER_CONFIG
@@ -100,6 +101,8 @@ def _decide(
     least = policy.required_openness(sources)
     policy.check_wish(publishing, least)
     decision = policy.licence_for(_of_all(adapters, publishing), base[1], publishing)
+    if publishing.license is not None:
+        hub.check_card(front_matter({"license": decision.licence.id}))
     repo_id = publishing.target_repo or _default_target(adapters[0][0], *name, hub=hub)
     _check_repo_id(repo_id)
     target = Target(
@@ -119,7 +122,8 @@ def _decide(
     if find_target(target, hub=hub) is None:
         hub.check_may_create(target.repo_id)
     notes = (decision.note,) if decision.note else ()
-    return replace(publishing, target=target, licence=decision, notes=notes)
+    chosen = decision.licence.id if publishing.license is not None else None
+    return replace(publishing, target=target, license=chosen, licence=decision, notes=notes)
 
 
 def _of_all(adapters: list[tuple[Source, Licence]], publishing: PublishSettings) -> Licence:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _HEADER_LIMIT = 100 << 20
 """Bytes; the safetensors format allows no longer header."""
 _REPORT_LIMIT = 64 << 20
+_CARD = "README.md"
 _LOADED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of what configs and tokenizers are made of."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -61,6 +62,11 @@ def differences(
 def listed_files(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """path -> (bytes, sha256) of a report's files."""
     return {file["path"]: (file["bytes"], file["sha256"]) for file in report["output"]["files"]}
+
+
+def model_files(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """The same without the card: a publication is what it was when people have edited what it says to them."""
+    return {path: file for path, file in listed_files(report).items() if path != _CARD}
 
 
 def check_remote(repository: HubRepository, listed: Mapping[str, tuple[int, str]]) -> None:
@@ -147,6 +153,6 @@ def published_report(repository: HubRepository) -> dict[str, Any] | None:
     if report is None:
         return None
     try:
-        return report if not differences(repository, listed_files(report)) else None
+        return report if not differences(repository, model_files(report)) else None
     except NotFoundError:
         return None

@@ -59,7 +59,7 @@ def adapter_entry(sources: Resolved) -> dict[str, Any]:
     return {**entry, "method": sources.adapter.method}
 
 
-def settings_entry(settings: MergeSettings) -> dict[str, Any]:
+def settings_entry(settings: MergeSettings, license: str | None = None) -> dict[str, Any]:
     """What the user chose, but for the dtype, which stands with the output. Publications are told apart by it."""
     entry: dict[str, Any] = {
         "strategy": settings.strategy.value,
@@ -68,6 +68,8 @@ def settings_entry(settings: MergeSettings) -> dict[str, Any]:
     }
     if settings.soft_prompt is not SoftPrompt.REFUSE:
         entry["soft_prompt"] = settings.soft_prompt.value
+    if license is not None:
+        entry["license"] = license
     return entry
 
 
@@ -119,8 +121,9 @@ def build(
     merge: Mapping[str, Any],
     verification: Verification,
     notes: tuple[str, ...],
+    license: str | None = None,
 ) -> dict[str, Any]:
-    """The document. `merge` is its section of that name, in seconds and bytes."""
+    """The document. `merge` is its section of that name, in seconds and bytes; `license` one that was chosen."""
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "tool": tool_entry(),
@@ -130,7 +133,7 @@ def build(
             "consumed": consumed,
         },
         "base": source_entry(sources.base.repository.origin),
-        "settings": settings_entry(settings),
+        "settings": settings_entry(settings, license),
         "output": {
             "dtype": settings.dtype.value,
             "files": [asdict(file) for file in sorted(files, key=lambda file: file.path)],

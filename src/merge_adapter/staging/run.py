@@ -370,4 +370,5 @@ class Passage:
             self.tally.result(self.plan),
             self.place.packaged,
             verification,
+            self.publishing.license,
         )

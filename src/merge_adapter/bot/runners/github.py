@@ -20,7 +20,7 @@ from merge_adapter.bot.sources import settings_of, source_of
 from merge_adapter.errors import ExitCode, GitHubError, InputError
 from merge_adapter.github import GitHub, WorkflowRun
 from merge_adapter.hub import Hub
-from merge_adapter.publish import PublishSettings, find_published, prepare
+from merge_adapter.publish import PublishSettings, find_published, prepare, repinned
 from merge_adapter.report.document import publication_entry
 from merge_adapter.resolve import resolve
 
@@ -132,9 +132,9 @@ class GitHubRunner:
         options, settings = job.request.options, settings_of(job.request)
         publishing = PublishSettings(target_repo=options.target_repo, license=options.license)
         sources = resolve(source_of(job.request), hub=hub, quantized_base=settings.quantized_base)
-        published = find_published(
-            sources, settings, prepare(sources, settings, publishing, hub=hub), hub=hub
-        )
+        publishing = prepare(sources, settings, publishing, hub=hub)
+        sources = repinned(sources, publishing, hub=hub)
+        published = find_published(sources, settings, publishing, hub=hub)
         if published is None:
             message = f"the workflow run succeeded, but nothing is published: {run.url}"
             return Outcome(JobState.FAILED, int(ExitCode.BUG), message, "Look at the run's summary.")
