@@ -107,6 +107,18 @@ def test_adapters_chat_template_wins(lm_adapter: Path, lm_base: Path, tmp_path: 
     assert rendered[0] == rendered[1] != rendered[2]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_was_cut_is_refused(
+    lm_base: Path, lm_adapter: Path, copy_of: Copy, tmp_path: Path, name: str
+) -> None:
+    """Copied as it is, it would be found when the model is published, or by whoever loads it."""
+    adapter = copy_of(lm_adapter)
+    (adapter / name).write_text('{"version": "1.0", "added')
+    with pytest.raises(MalformedError, match=f"{name} of .* is not readable JSON") as caught:
+        run(sources_of(adapter, lm_base), tmp_path / "out")
+    assert caught.value.hint
+
+
 def test_base_tokenizer_with_adapters_template_is_said(lm_base: Path, tmp_path: Path) -> None:
     """Tokenizer and template from two repositories are a mixture, and a note says so."""
     adapter = folder_with(tmp_path / "adapter", chat_template__jinja="{{ 'adapter' }}")

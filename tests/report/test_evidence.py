@@ -84,7 +84,14 @@ def verification(tensors: int = 3, name: str = "model.layers.{}.q_proj.weight") 
                 }
             ],
         },
-        "tokenizer": {"verdict": "pass", "texts": 38, "conversations": 5, "template": True, "findings": []},
+        "tokenizer": {
+            "verdict": "pass",
+            "texts": 38,
+            "conversations": 5,
+            "size": 512,
+            "template": True,
+            "findings": [],
+        },
         "mutants": [{"fault": "no-op: the base itself", "caught_by": ["weights"]}],
     }
 

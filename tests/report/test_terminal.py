@@ -21,7 +21,14 @@ def test_names_that_strangers_chose_cannot_steer_the_terminal() -> None:
     verification = {
         "verdict": "fail",
         "reasons": [HOSTILE],
-        "tokenizer": {"verdict": "fail", "texts": 1, "conversations": 0, "findings": [HOSTILE]},
+        "tokenizer": {
+            "verdict": "fail",
+            "texts": 1,
+            "conversations": 0,
+            "size": 512,
+            "template": False,
+            "findings": [HOSTILE],
+        },
         "mutants": [{"fault": HOSTILE, "caught_by": []}],
     }
     show_verdict(console, verification)

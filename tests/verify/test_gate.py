@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MalformedError, NotFoundError
 from merge_adapter.types import Verdict
 
@@ -124,10 +126,20 @@ def test_an_adapter_that_does_nothing_leaves_the_answer_open(
     assert result.evidence["outputs"]["verdict"] == "inconclusive"
 
 
+def test_a_tokenizer_that_does_not_load_leaves_the_verdict_open(workpiece: Callable[[str], Any]) -> None:
+    """The merged folder has the very same files; but that it can be used was not shown."""
+    piece = workpiece("lm-bf16")
+    broken = piece.folder / "tokenizer.json"
+    broken.write_text("{}")
+    sources = replace(piece.good.sources, tokenizer=Folder(piece.folder))
+    result = replace(piece.good, sources=sources).judge(piece.folder, **HERE)
+    assert result.verdict is Verdict.INCONCLUSIVE, result.reasons
+    assert result.evidence["tokenizer"]["verdict"] == "inconclusive"
+    assert any("cannot be loaded, so nothing was compared" in reason for reason in result.reasons)
+
+
 def test_a_base_without_a_tokenizer_is_probed_with_token_ids(good: Callable[[str], Any]) -> None:
     """Seeded random ids, and the report says so."""
-    from dataclasses import replace
-
     right = good("lm-bf16")
     bare = replace(right, sources=replace(right.sources, tokenizer=None))
     result = bare.judge(**HERE)

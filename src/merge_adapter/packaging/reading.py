@@ -24,7 +24,15 @@ def read_limited(repository: Repository, path: str) -> bytes:
 
 def read_json(repository: Repository, path: str) -> Any:
     """The parsed content of `path`. MalformedError when it is no JSON or too large."""
-    content = read_limited(repository, path)
+    return _parsed(read_limited(repository, path), repository, path)
+
+
+def check_json(repository: Repository, path: str) -> None:
+    """Raise MalformedError when the file `path`, of any size, is no JSON. Vocabularies reach some 30 MB."""
+    _parsed(repository.local(path).read_bytes(), repository, path)
+
+
+def _parsed(content: bytes, repository: Repository, path: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_adapter.packaging.code import AUTO_MAP, without_code
 from merge_adapter.packaging.configs import without_places
-from merge_adapter.packaging.reading import read_limited, read_object
+from merge_adapter.packaging.reading import check_json, read_limited, read_object
 from merge_adapter.packaging.writing import Writer
 from merge_adapter.types import MergeSettings, Repository, Resolved
 
@@ -57,7 +57,7 @@ PROCESSORS = (
 
 
 def write_tokenizer(sources: Resolved, writer: Writer, settings: MergeSettings) -> None:
-    """Tokenizer and chat template from where `sources` says."""
+    """Tokenizer and chat template from where `sources` says. MalformedError for files that are cut or broken."""
     repository = sources.tokenizer
     if repository is None:
         writer.note("Neither the adapter nor the base model has a tokenizer; the merged model has none.")
@@ -65,6 +65,8 @@ def write_tokenizer(sources: Resolved, writer: Writer, settings: MergeSettings) 
     source = source_of(repository, sources)
     for path in sorted(repository.files):
         if path in _FILES or _TIKTOKEN.fullmatch(path):
+            if path.endswith(".json"):
+                check_json(repository, path)
             writer.copy(repository, path, source=source)
     other = template_beside(sources)
     if CONFIG in repository.files:

@@ -155,6 +155,8 @@ def _greedy(section: Mapping[str, Any]) -> Row:
 def _tokenizer(section: Mapping[str, Any]) -> Row:
     template = "chat template" if section.get("template") else "no chat template"
     text = f"{section['texts']} texts and {section['conversations']} conversations compared, {template}"
+    if section["size"] is None:  # it cannot be loaded
+        text = "nothing compared"
     findings = section.get("findings") or []
     return Row("tokenizer", _result(section), f"{text}; {findings[0]}" if findings else text)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from merge_adapter.packaging.tokenizer import template_beside
 from merge_adapter.types import Resolved
-from merge_adapter.verify.findings import Finding, fault, warning
+from merge_adapter.verify.findings import Finding, fault, undecided, warning
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -70,7 +70,10 @@ def judge_tokenizer(
     """Two surveys side by side; `embeddings` is the merged model's number of input embeddings."""
     part = "tokenizer"
     if "error" in expected:
-        yield warning(part, "", f"the tokenizer of adapter or base cannot be loaded: {expected['error']}")
+        said = (
+            f"the tokenizer of adapter or base cannot be loaded, so nothing was compared: {expected['error']}"
+        )
+        yield undecided(part, "", f"{said}; mend its files, or install what it needs")
         return
     if "error" in merged or not merged:
         text = merged.get("error", "it was not surveyed")
