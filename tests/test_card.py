@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -139,17 +140,18 @@ def test_usage_fits_the_architecture(architecture: str, expected: str, tmp_path:
 
 
 @pytest.mark.parametrize("modules", [False, True])
-def test_usage_finds_a_subfolder(modules: bool, tmp_path: Path) -> None:
-    """A model below a folder of its repository is loaded from there."""
+@pytest.mark.parametrize("subfolder", ["merged", 'my "best" {model}'])
+def test_usage_finds_a_subfolder(modules: bool, subfolder: str, tmp_path: Path) -> None:
+    """A model below a folder of its repository is loaded from there, whatever that is called."""
     (tmp_path / "out").mkdir()
     if modules:
         (tmp_path / "out" / "modules.json").write_text("[]")
-    text = card_of(tmp_path, place="ada/answers", subfolder="merged")
+    text = card_of(tmp_path, place="ada/answers", subfolder=subfolder)
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert snippet is not None
-    compile(snippet[1], "card", "exec")
-    expected = '(f"{folder}/merged")' if modules else '("ada/answers", subfolder="merged"'
-    assert expected in snippet[1]
+    named = [one.value for one in ast.walk(ast.parse(snippet[1])) if isinstance(one, ast.Constant)]
+    assert {"ada/answers", f"{subfolder}/*", f"/{subfolder}"} <= set(named)
+    assert ("SentenceTransformer(folder)" if modules else ".from_pretrained(folder") in snippet[1]
 
 
 def test_conflicting_licences_are_both_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from localhub.process import LocalHub
 from merge_adapter.errors import ExitCode
+from merge_adapter.packaging.usage import snippet
 
 Copy = Callable[..., Path]
 FAST = ("--probe-tokens", "128")
@@ -107,6 +108,25 @@ def expected_tokens(base: Path, adapter: Path) -> list[int]:
         chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     return list(model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist())
+
+
+def test_the_usage_of_a_merge_in_the_adapters_own_repository_runs(
+    place: Place, lm_base: Path, lm_adapter: Path, tmp_path: Path
+) -> None:
+    """With PEFT installed, transformers finds the adapter at the root for whatever folder it is asked."""
+    repo_id = place.push(lm_adapter, "adapter")
+    place.api.upload_folder(repo_id=repo_id, folder_path=lm_base, path_in_repo="merged")
+    config = json.loads((lm_base / "config.json").read_text())
+    shown = snippet(lm_base, config, place=repo_id, subfolder="merged", code_needed=False)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": place.hub.url,
+        "HF_HOME": str(place.home),
+        "HF_TOKEN": place.token,
+    }
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_an_adapter_becomes_a_pull_request_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ model = {auto}.from_pretrained({place}, dtype="auto")
 _DOWNLOAD = """\
 from huggingface_hub import snapshot_download
 
-folder = snapshot_download("{place}", allow_patterns="{subfolder}/*")
+folder = snapshot_download("{place}", allow_patterns={files}) + {below}
 
 """
+"""transformers takes a subfolder, but where PEFT is installed it looks for an adapter at the root all the same, and
+loads that one's base model; sentence-transformers takes none."""
 _AUTO_CLASSES = (
     ("ForSequenceClassification", "AutoModelForSequenceClassification", _CLASSIFIER),
     ("ForTokenClassification", "AutoModelForTokenClassification", _CLASSIFIER),
@@ -100,13 +103,10 @@ def snippet(
     repository, and loading it has to say so.
     """
     template, auto = _choose(folder, config)
-    name = f'"{place}"'
-    opening = ""
-    if subfolder and template in (_SENTENCES, _PAIRS):  # sentence-transformers takes no subfolder
-        opening = _DOWNLOAD.format(place=place, subfolder=subfolder)
-        name = f'f"{{folder}}/{subfolder}"'
-    elif subfolder:
-        name += f', subfolder="{subfolder}"'
+    name, opening = f'"{place}"', ""
+    if subfolder:
+        files, below = json.dumps(f"{subfolder}/*"), json.dumps(f"/{subfolder}")
+        name, opening = "folder", _DOWNLOAD.format(place=place, files=files, below=below)
     if code_needed:
         name += ", trust_remote_code=True"
     return opening + template.format(place=name, auto=auto)
