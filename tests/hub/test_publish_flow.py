@@ -404,8 +404,9 @@ def test_licences_of_the_sources_are_compared(world) -> None:
     with pytest.raises(PolicyError, match="conflict"):
         put(world, merged)
     assert not world.hub("ann").exists(f"{adapter}-merged")
-    with pytest.raises(InputError, match="states the licence"):
+    with pytest.raises(InputError, match="states the licence") as caught:
         put(world, merged, PublishSettings(license="other"))
+    assert "merge-adapter run ADAPTER --license other" in caught.value.hint  # `merge` has no such option
     done = put(world, merged, PublishSettings(license="apache-2.0"))
     assert "gemma" in PullRequests(world.hub("ann"), done.repo).get(1).description
 

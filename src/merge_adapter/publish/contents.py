@@ -90,7 +90,7 @@ def check_card(folder: Path, settings: PublishSettings, *, hub: Hub) -> None:
         if stated.id != settings.licence.licence.id:
             raise InputError(
                 f"the model card in {folder} states the licence {stated}, but {settings.license} was given",
-                hint=f"Merge again with --license {settings.license}, which writes it into the card.",
+                hint=f"It is written into the card by: merge-adapter run ADAPTER --license {settings.license}",
             )
     hub.check_card(place.read_text(encoding="utf-8", errors="replace"))
 
