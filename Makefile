@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test chromium lint bench soak container clean
+.PHONY: help demo test tools lint bench soak container clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,12 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the whole job on an embedded Hub: push, merge, verify, pull request
 	@$(BIN)/merge-adapter demo $(ARGS)
 
-# The tests of the bot's page want a browser; without one they are skipped with that reason.
-chromium:
-	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
-	  || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null || true
+# The tests of the bot's page want a browser, some of the Action's Git LFS; without them they are skipped with that
+# reason.
+tools:
+	@for tool in chromium git-lfs; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  [ -z "$$missing" ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+	  || { apt-get update -qq && apt-get install -qq --yes --no-install-recommends $$missing; } >/dev/null || true
 
-test: $(STAMP) lint chromium  ## lint, types, every test
+test: $(STAMP) lint tools  ## lint, types, every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
