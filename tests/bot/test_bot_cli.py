@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,21 @@ def test_what_is_missing_is_said(command: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MERGE_ADAPTER_BOT_RUNNER", "hf-jobs")
     code, _, err = command("serve")
     assert code == 2 and "jobs_image" in err
+
+
+def test_a_place_that_cannot_be_used_is_named(command: Any, tmp_path: Path) -> None:
+    """A port, a data folder, a log: bad input, told with what it was."""
+    taken, config = tmp_path / "a-file", tmp_path / "bot.toml"
+    taken.touch()
+    config.write_text(f'log_file = "{taken}/bot.log"')
+    for arguments, message in (
+        (("--port", "70000"), "port is 70000"),
+        (("--data", str(taken)), f"the data folder {taken} cannot be used"),
+        (("--data", str(taken / "below")), "cannot be used: Not a directory"),
+        (("--data", str(tmp_path), "--config", str(config)), f"the log {taken}/bot.log cannot be written"),
+    ):
+        code, _, err = command("serve", *arguments)
+        assert code == 2 and message in err, err
 
 
 def test_the_command_line_starts_without_the_bot() -> None:

@@ -36,6 +36,12 @@ _WORKER_GRACE = 40.0
 """Seconds that workers may take to stop their jobs and hand the leases back."""
 _LOOKUP_PATIENCE = Patience(attempts=2, first_wait=0.5)
 """The inbox tries again by itself, and other repositories wait behind a slow one."""
+_WANTED = {
+    "token": "private repositories are not seen, and nothing is published",
+    "webhook_secret": "no webhook is accepted",
+    "watch": "no push and no comment starts a job",
+}
+"""Settings without which a bot runs, but hardly as its owner meant it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def start(settings: BotSettings) -> Iterator[RunningBot]:
         listener = _listen(settings)
         stack.callback(listener.close)
         port = listener.getsockname()[1]
-        url = f"http://{'127.0.0.1' if settings.host in ('', '0.0.0.0') else settings.host}:{port}"  # noqa: S104  # compared
+        url = f"http://{_reachable(settings.host)}:{port}"
         settings = replace(settings, port=port, public_url=settings.public_url or url)
         hub = Hub(settings.endpoint or None, settings.token or None, patience=_LOOKUP_PATIENCE)
         intake = Intake(inbox, hub, settings)
@@ -91,6 +97,9 @@ def start(settings: BotSettings) -> Iterator[RunningBot]:
             stack.callback(part.stop)
         stack.enter_context(_serving(parts, listener))
         log("serving", url=url, public_url=settings.public_url, watch=list(settings.watch))
+        for name, follows in _WANTED.items():
+            if not getattr(settings, name):
+                log("not-set", setting=name, follows=follows)
         yield RunningBot(url, settings, queue, inbox)
         log("stopping")
 
@@ -109,8 +118,15 @@ def serve(settings: BotSettings) -> None:
 @contextmanager
 def _only_server(settings: BotSettings) -> Iterator[None]:
     """One server per data folder: two would look every event up twice."""
-    settings.data.mkdir(parents=True, exist_ok=True)
-    with (settings.data / "server.lock").open("w") as lock:
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True)
+        opened = (settings.data / "server.lock").open("w")
+    except OSError as error:
+        raise StorageError(
+            f"the data folder {settings.data} cannot be used: {error.strerror}",
+            hint="Name a folder that can be written: --data DIR",
+        ) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -119,6 +135,13 @@ def _only_server(settings: BotSettings) -> Iterator[None]:
                 hint="Stop it first, or give this one its own data folder.",
             ) from None
         yield
+
+
+def _reachable(host: str) -> str:
+    """The address at which this machine reaches a server that listens on `host`, as a URL has it."""
+    everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared
+    address = everywhere.get(host, host)
+    return f"[{address}]" if ":" in address else address
 
 
 def _listen(settings: BotSettings) -> socket.socket:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,9 +32,37 @@ class RunnerKind(StrEnum):
     HF_JOBS = "hf-jobs"
 
 
-def _knob(default: Any, text: str, *, secret: bool = False, also: str = "") -> Any:
-    """A field with its meaning. `also` names a variable that others set, read when ours is absent."""
-    return field(default=default, repr=not secret, metadata={"help": text, "secret": secret, "also": also})
+@dataclass(frozen=True)
+class _Shape:
+    """How a text must look. One that looks otherwise would be without effect, and nobody would be told."""
+
+    pattern: re.Pattern[str]
+    expected: str
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_URL = _Shape(re.compile(r"https?://[^\s/]\S*"), "a URL, such as https://merge.example.org")
+_USER = _Shape(re.compile(_NAME), "the name of an account, without an @")
+_WATCHED = _Shape(re.compile(rf"\*|{_NAME}(/{_NAME})?"), "an owner, a repository as owner/name, or *")
+_REPOSITORY = _Shape(re.compile(rf"{_NAME}/{_NAME}"), "a repository as owner/name")
+
+
+def _knob(
+    default: Any,
+    text: str,
+    *,
+    secret: bool = False,
+    also: str = "",
+    least: float = 0,
+    most: float = math.inf,
+    shape: _Shape | None = None,
+) -> Any:
+    """A field with its meaning. `also` names a variable that others set, read when ours is absent.
+
+    A number lies between `least` and `most`; a text, or each of several, has the `shape`, or is empty.
+    """
+    facts = {"help": text, "secret": secret, "also": also, "least": least, "most": most, "shape": shape}
+    return field(default=default, repr=not secret, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -41,18 +71,24 @@ class BotSettings:
 
     data: Path = _knob(Path("bot-data"), "Folder for the queue, logs and reports; it must outlive restarts.")
     host: str = _knob("127.0.0.1", "Address to listen on; 0.0.0.0 in a container.")
-    port: int = _knob(7860, "Port to listen on; 0 takes a free one.")
-    public_url: str = _knob("", "URL under which people and the Hub reach the bot.", also="SPACE_HOST")
-    name: str = _knob("", "Name that comments mention, without the @; empty: the account of the bot's token.")
-    endpoint: str = _knob("", "URL of the Hub; empty: huggingface.co.", also="HF_ENDPOINT")
+    port: int = _knob(7860, "Port to listen on; 0 takes a free one.", most=65_535)
+    public_url: str = _knob(
+        "", "URL under which people and the Hub reach the bot.", also="SPACE_HOST", shape=_URL
+    )
+    name: str = _knob(
+        "", "Name that comments mention, without the @; empty: the account of the bot's token.", shape=_USER
+    )
+    endpoint: str = _knob("", "URL of the Hub; empty: huggingface.co.", also="HF_ENDPOINT", shape=_URL)
     token: str = _knob("", "The bot's own Hub token.", secret=True, also="HF_TOKEN")
     webhook_secret: str = _knob(
         "", "Secret that the Hub's webhook sends; without one no webhook is accepted.", secret=True
     )
     watch: tuple[str, ...] = _knob(
-        (), "Owners, or repositories as owner/name, whose pushes start jobs; * for all."
+        (), "Owners, or repositories as owner/name, whose pushes start jobs; * for all.", shape=_WATCHED
     )
-    maintainers: tuple[str, ...] = _knob((), "Users who may command the bot in every watched repository.")
+    maintainers: tuple[str, ...] = _knob(
+        (), "Users who may command the bot in every watched repository.", shape=_USER
+    )
     members_may_command: bool = _knob(
         default=False,
         text="Whether every member of an organisation may command the bot in its repositories; otherwise those whom "
@@ -75,16 +111,16 @@ class BotSettings:
         "",
         "local: disk that a merge may use, such as 20GB; larger models pass through shard by shard. Empty: no limit.",
     )
-    job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.")
+    job_timeout: float = _knob(6 * 3600.0, "Seconds after which a job is stopped.", least=1)
     log_file: str = _knob("", "File for the log's lines; empty: standard error.")
     lease_seconds: float = _knob(
-        60.0, "Seconds after which a job of a worker that fell silent goes to another."
+        60.0, "Seconds after which a job of a worker that fell silent goes to another.", least=0.1
     )
-    attempts: int = _knob(8, "Failures of the network after which a job stays failed.")
+    attempts: int = _knob(8, "Failures of the network after which a job stays failed.", least=1)
     first_wait: float = _knob(15.0, "Seconds before the first retry; doubled each time.")
     longest_wait: float = _knob(3600.0, "Seconds between two tries at most.")
-    jobs_per_user: int = _knob(5, "Open jobs that one user may have.")
-    max_body: int = _knob(1 << 20, "Bytes of a request that are read at most.")
+    jobs_per_user: int = _knob(5, "Open jobs that one user may have.", least=1)
+    max_body: int = _knob(1 << 20, "Bytes of a request that are read at most.", least=1024)
     retention_days: float = _knob(90.0, "Days after which ended jobs, their logs and reports are removed.")
     pages: bool = _knob(default=True, text="Whether to serve the web page.")
     secret_key: str = _knob(
@@ -92,33 +128,30 @@ class BotSettings:
     )
     oauth_client_id: str = _knob("", "Hub OAuth application for logging in.", also="OAUTH_CLIENT_ID")
     oauth_client_secret: str = _knob("", "Its secret.", secret=True, also="OAUTH_CLIENT_SECRET")
-    oauth_provider: str = _knob("", "OpenID provider; empty: the Hub's endpoint.", also="OPENID_PROVIDER_URL")
+    oauth_provider: str = _knob(
+        "", "OpenID provider; empty: the Hub's endpoint.", also="OPENID_PROVIDER_URL", shape=_URL
+    )
     oauth_scopes: str = _knob(
         "openid profile read-repos write-repos manage-repos write-discussions",
         "What the login asks for.",
         also="OAUTH_SCOPES",
     )
-    github_repository: str = _knob("", "github: repository, owner/name, whose workflow runs the action.")
+    github_repository: str = _knob(
+        "", "github: repository, owner/name, whose workflow runs the action.", shape=_REPOSITORY
+    )
     github_token: str = _knob("", "github: token that may dispatch there.", secret=True, also="GITHUB_TOKEN")
     github_event: str = _knob("merge-adapter", "github: type of the repository_dispatch event.")
-    github_api: str = _knob("https://api.github.com", "github: URL of its API.", also="GITHUB_API_URL")
+    github_api: str = _knob(
+        "https://api.github.com", "github: URL of its API.", also="GITHUB_API_URL", shape=_URL
+    )
     jobs_image: str = _knob("", "hf-jobs: container image of merge-adapter.")
     jobs_namespace: str = _knob("", "hf-jobs: who pays; empty: the account of the bot's token.")
     jobs_flavor: str = _knob("auto", "hf-jobs: hardware; auto: the cheapest that the plan fits on.")
-    poll_seconds: float = _knob(5.0, "github, hf-jobs: seconds between two looks at a remote job.")
+    poll_seconds: float = _knob(5.0, "github, hf-jobs: seconds between two looks at a remote job.", least=0.1)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("workers", 0),
-            ("probe_tokens", 0),
-            ("attempts", 1),
-            ("jobs_per_user", 1),
-            ("max_body", 1024),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"the setting {name} is {getattr(self, name)}, expected at least {least}")
-        if self.lease_seconds <= 0 or self.job_timeout <= 0:
-            raise InputError("the settings lease_seconds and job_timeout must be positive")
+        for one in dataclasses.fields(self):
+            _check(one, getattr(self, one.name))
         if self.disk_budget:
             parse_bytes(self.disk_budget, what="the setting disk_budget")
         if not self.devices:
@@ -141,6 +174,17 @@ class BotSettings:
     def device_of(self, slot: int) -> str:
         """The device of worker number `slot`."""
         return self.devices[slot % len(self.devices)]
+
+
+def _check(one: dataclasses.Field[Any], value: Any) -> None:
+    """Raises InputError for a value that the bot could not work with, or would pass over in silence."""
+    least, most, shape = (one.metadata[name] for name in ("least", "most", "shape"))
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and least <= value <= most):
+        bound = f"between {least} and {most}" if most < math.inf else f"a number of at least {least}"
+        raise InputError(f"the setting {one.name} is {value}, expected {bound}")
+    for text in (value if isinstance(value, tuple) else (value,)) if shape else ():
+        if text and not shape.pattern.fullmatch(text):
+            raise InputError(f"the setting {one.name} is {text[:100]!r}, expected {shape.expected}")
 
 
 def load_settings(
@@ -215,6 +259,9 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         raise InputError(f"{where} sets {name} to a {type(value).__name__} that is not {expected}") from None
 
 
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def _convert(value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
@@ -226,10 +273,10 @@ def _convert(value: Any, kind: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-            _text(value).lower()
-        ]
-    if isinstance(value, bool):
+        if (word := _text(value).lower()) not in _WORDS:
+            raise ValueError
+        return _WORDS[word]
+    if isinstance(value, bool) or (kind is int and isinstance(value, float)):  # 1.5 workers are not one
         raise TypeError
     if kind in (int, float):
         return kind(value)
