@@ -116,6 +116,10 @@ def test_a_comment_with_a_mention_is_read() -> None:
         push(event={}),
         push(updatedRefs=["main"]),
         comment("@x y", comment={"id": "../../x", "content": "@x y"}),
+        comment("@x y", discussion={"num": -1}),
+        comment("@x y", discussion={"num": 0}),
+        comment("@x y", discussion={"num": True}),
+        comment("@x y", discussion={"num": 10**30}),
     ],
 )
 def test_what_is_no_payload_is_refused(body: Any) -> None:
@@ -159,4 +163,4 @@ def test_events_survive_the_inbox(tmp_path: Path) -> None:
         assert inbox.waiting() == 2
     with Store(tmp_path / "db") as store:
         assert Inbox(store).waiting() == 2
-        assert isinstance(Inbox(store).put(first).result(), Known)
+        assert isinstance(Inbox(store).put(second).result(), Known)

@@ -373,6 +373,30 @@ def test_an_event_that_finds_a_bug_holds_up_no_other_and_is_not_lost(
         assert event["failures"] == 1 and "KeyError" in event["note"]
 
 
+def test_an_event_that_is_postponed_keeps_no_later_one_of_its_repository_waiting(
+    store: Store, clock: Any
+) -> None:
+    """Whatever makes one fail again and again, a discussion or a bug, pushes go on. Otherwise they stay in order."""
+    from merge_adapter.bot.events import MAIN, CommentEvent, PushEvent
+
+    inbox = Inbox(store)
+    failing, first, second = (
+        CommentEvent("ada/x", 1, "c"),
+        *(PushEvent("ada/x", MAIN, None, sha * 40) for sha in "ab"),
+    )
+    for event in (failing, first, second):
+        inbox.put(event).result()
+    (due,) = inbox.due()
+    assert due.event == failing
+    inbox.postpone(due, "the Hub does not answer")
+    (due,) = inbox.due()
+    assert due.event == first
+    inbox.settle(due, "done")
+    assert [one.event for one in inbox.due()] == [second]
+    clock.now += 10
+    assert [one.event for one in inbox.due()] == [failing]
+
+
 @pytest.mark.parametrize("where", ["the look-up", "the store"])
 def test_a_disk_that_was_full_for_a_moment_costs_no_event_its_job(
     settings: BotSettings, push_adapter: Any, monkeypatch: pytest.MonkeyPatch, where: str

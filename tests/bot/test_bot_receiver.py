@@ -205,6 +205,15 @@ def test_a_branch_set_back_to_a_known_commit_ends_at_that_commit(
     settled(bot, eventually)
     assert jobs(bot)[:2] == [(repo_id, first, JobState.QUEUED), (repo_id, second, JobState.CANCELLED)]
     assert send(bot.webhook_url, back)[0] == 200
+    subprocess.run([*set_back[:-1], second], check=True)
+    forth = push_event(repo_id, second, old=first)
+    assert send(bot.webhook_url, forth)[0] == 202, "the same step as before, and not a replay of it"
+    settled(bot, eventually)
+    after = jobs(bot)
+    assert after[:2] == [(repo_id, second, JobState.QUEUED), (repo_id, first, JobState.CANCELLED)]
+    send(bot.webhook_url, back)
+    settled(bot, eventually)
+    assert jobs(bot) == after, "a late delivery was believed"
 
 
 def test_rewritten_history_counts_as_a_change(

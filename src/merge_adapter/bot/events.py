@@ -18,6 +18,7 @@ from merge_adapter.errors import MalformedError
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _COMMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MOST_DISCUSSIONS = 2**31
 MAIN = "refs/heads/main"
 VERSION = 3
 
@@ -34,7 +35,12 @@ class PushEvent:
     @property
     def key(self) -> str:
         """Equal for deliveries of the same event. A branch that is set back to a commit is told of as another."""
-        return f"push {self.repo_id.lower()} {self.ref} {self.old_sha or '-'} {self.new_sha}"
+        return f"{self.branch_key} {self.old_sha or '-'} {self.new_sha}"
+
+    @property
+    def branch_key(self) -> str:
+        """How the keys of all pushes to this branch begin."""
+        return f"push {self.repo_id.lower()} {self.ref}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ def _comment(payload: Mapping[str, Any], repo_id: str, what: str) -> CommentEven
     if not isinstance(content, str) or "@" not in content:
         return Ignored("nobody is mentioned")
     if (
-        not isinstance(number, int)
+        type(number) is not int  # a boolean is one to isinstance
+        or not 0 < number < _MOST_DISCUSSIONS
         or not isinstance(comment_id, str)
         or not _COMMENT_ID.fullmatch(comment_id)
     ):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from merge_adapter.bot.events import HubEvent, event_from_json, event_to_json
+from merge_adapter.bot.events import HubEvent, PushEvent, event_from_json, event_to_json
 from merge_adapter.bot.jobs import JobRequest
 from merge_adapter.bot.store import Store
 from merge_adapter.bot.submission import Submission, submit_within
@@ -49,10 +49,16 @@ class Inbox:
         self.store = store
 
     def put(self, event: HubEvent) -> Future[Stored | Known]:
-        """Store an event; the future is done when it is on the disk."""
+        """Store an event; the future is done when it is on the disk.
+
+        A push that was told of before is Known only as long as no other push to its branch was told of since: a branch
+        may go forth, back and forth again. Late deliveries look the same, and the look-up finds that they are.
+        """
         now, body = self.store.clock(), event_to_json(event)
 
         def work(db: sqlite3.Connection) -> Stored | Known:
+            if isinstance(event, PushEvent):
+                _forget_overtaken(db, event)
             row = db.execute(
                 "INSERT INTO events (key, repo_id, body, received, not_before, state) "
                 "VALUES (?, ?, ?, ?, ?, 'pending') ON CONFLICT (key) DO NOTHING RETURNING id",
@@ -63,10 +69,13 @@ class Inbox:
         return self.store.submit(work)
 
     def due(self, limit: int = 64) -> list[Pending]:
-        """Events to look up now: of each repository the oldest one, so that they stay in order."""
+        """Events to look up now: of each repository the oldest one, so that they stay in order.
+
+        One whose look-up was postponed keeps no later one waiting: every look-up asks for the head as it is then.
+        """
         rows = self.store.read(
             "SELECT id, body, failures FROM events WHERE id IN "
-            "(SELECT min(id) FROM events WHERE state = 'pending' GROUP BY repo_id) AND not_before <= ? "
+            "(SELECT min(id) FROM events WHERE state = 'pending' AND not_before <= ? GROUP BY repo_id) "
             "ORDER BY id LIMIT ?",
             (self.store.clock(), limit),
         )
@@ -104,3 +113,12 @@ class Inbox:
     def waiting(self) -> int:
         """How many events wait for their look-up."""
         return int(self.store.read("SELECT count(*) FROM events WHERE state = 'pending'")[0][0])
+
+
+def _forget_overtaken(db: sqlite3.Connection, event: PushEvent) -> None:
+    """Forget an earlier delivery of `event` that was looked up, if other pushes to its branch were told of since."""
+    db.execute(
+        "DELETE FROM events WHERE key = :key AND state = 'done' AND EXISTS (SELECT 1 FROM events AS later "
+        "WHERE later.id > events.id AND substr(later.key, 1, length(:branch)) = :branch)",
+        {"key": event.key, "branch": f"{event.branch_key} "},
+    )
