@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from merge_adapter.bot.jobs import JobState, Source
+from merge_adapter.bot.jobs import JobState, Outcome, Source
 from merge_adapter.bot.probe import probe
 from merge_adapter.bot.rows import list_jobs
 from merge_adapter.bot.server import RunningBot, start
@@ -61,6 +61,23 @@ def test_a_push_becomes_a_job_once(
     assert jobs(bot) == [(repo_id, sha, JobState.QUEUED)]
     request = list_jobs(bot.queue.store)[0].request
     assert (request.source, request.private, request.token) == (Source.WEBHOOK, False, None)
+
+
+def test_a_push_whose_job_failed_may_be_delivered_again(
+    bot: RunningBot, push_adapter: Any, push_event: Any, send: Any, eventually: Any
+) -> None:
+    """The Hub's settings have a button that replays a webhook, which is what one tries when a job failed."""
+    repo_id, sha = push_adapter("ada/came-to-nothing")
+    event = push_event(repo_id, sha)
+    for state in (JobState.FAILED, JobState.REFUSED):
+        assert send(bot.webhook_url, event)[0] == 202
+        settled(bot, eventually)
+        lease = bot.queue.claim("w")
+        assert lease is not None
+        bot.queue.finish(lease, Outcome(state))
+    send(bot.webhook_url, event)
+    settled(bot, eventually)
+    assert [state for _, _, state in jobs(bot)] == [JobState.REFUSED, JobState.FAILED]
 
 
 @pytest.mark.parametrize(

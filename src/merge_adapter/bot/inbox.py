@@ -51,14 +51,15 @@ class Inbox:
     def put(self, event: HubEvent) -> Future[Stored | Known]:
         """Store an event; the future is done when it is on the disk.
 
-        A push that was told of before is Known only as long as no other push to its branch was told of since: a branch
-        may go forth, back and forth again. Late deliveries look the same, and the look-up finds that they are.
+        A push that was looked up before is Known only as long as no other push to its branch was told of since, as a
+        branch may go forth, back and forth again, and as its job has not failed, as people then deliver it again. Late
+        deliveries look the same, and the look-up finds that they are.
         """
         now, body = self.store.clock(), event_to_json(event)
 
         def work(db: sqlite3.Connection) -> Stored | Known:
             if isinstance(event, PushEvent):
-                _forget_overtaken(db, event)
+                _forget_what_may_come_again(db, event)
             row = db.execute(
                 "INSERT INTO events (key, repo_id, body, received, not_before, state) "
                 "VALUES (?, ?, ?, ?, ?, 'pending') ON CONFLICT (key) DO NOTHING RETURNING id",
@@ -115,10 +116,19 @@ class Inbox:
         return int(self.store.read("SELECT count(*) FROM events WHERE state = 'pending'")[0][0])
 
 
-def _forget_overtaken(db: sqlite3.Connection, event: PushEvent) -> None:
-    """Forget an earlier delivery of `event` that was looked up, if other pushes to its branch were told of since."""
+def _forget_what_may_come_again(db: sqlite3.Connection, event: PushEvent) -> None:
+    """Forget an earlier delivery of `event` that was looked up, if its branch moved since or its job failed."""
     db.execute(
-        "DELETE FROM events WHERE key = :key AND state = 'done' AND EXISTS (SELECT 1 FROM events AS later "
-        "WHERE later.id > events.id AND substr(later.key, 1, length(:branch)) = :branch)",
-        {"key": event.key, "branch": f"{event.branch_key} "},
+        """
+        DELETE FROM events WHERE key = :key AND state = 'done' AND (
+            EXISTS (SELECT 1 FROM events AS later
+                WHERE later.id > events.id AND substr(later.key, 1, length(:branch)) = :branch)
+            OR EXISTS (SELECT 1 FROM jobs WHERE adapter = :repo AND revision = :sha AND state = 'failed'))
+        """,
+        {
+            "key": event.key,
+            "branch": f"{event.branch_key} ",
+            "repo": event.repo_id,
+            "sha": event.new_sha,
+        },
     )
