@@ -165,6 +165,7 @@ def test_the_form_says_what_is_wrong(bot: RunningBot, push_adapter: Any) -> None
     for fields, message in (
         ("adapter=../../etc", "is not a Hub id"),
         ("adapter=ada/none-such", "ada/none-such"),
+        ("adapter=ada/none-such", "your login may not see it"),
         ("adapter=a/b&dtype=int3", "expected one of"),
         ("adapter=a/b&base_model=/etc", "is not a Hub id"),
     ):

@@ -323,6 +323,8 @@ def test_a_bad_command_is_answered_with_what_is_wrong(
     for text, answer in (
         ("@merge-adapter merge --dtype int4", "expected one of"),
         ("@merge-adapter merge --target-repo stranger/loot", "belongs to somebody else"),
+        ("@merge-adapter merge now", "Write merge \\[--base-model ID\\]"),
+        ("@merge-adapter merge --adapter ada/never-was", "give the bot's token read access"),
     ):
         with commented(api, repo_id, text) as event:
             send(bot.webhook_url, event)

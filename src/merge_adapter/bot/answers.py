@@ -1,4 +1,4 @@
-"""What the bot writes into discussions. Names and messages come from strangers and are escaped."""
+"""What the bot tells people: in discussions, where names and messages of strangers are escaped, and on its page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ _ENDED = {
 }
 
 
+THE_BOTS = "the bot's token"
+_TOKENS = ("the token in HF_TOKEN", "the token that was passed")
+"""How the command line and the Hub's client call a token."""
+
+
+def of_whom(text: str, whose: str) -> str:
+    """A message for somebody who set no variable and passed no token: it tells whose token it was."""
+    for one in _TOKENS:
+        text = text.replace(one, whose)
+    return text
+
+
 def marker_of(key: str) -> str:
     """An invisible line by which the bot finds its own answer again. `key` is one of its own ids."""
     return f"<!-- merge-adapter-answer {key} -->"
@@ -29,7 +41,8 @@ def accepted_text(job_id: str, request: JobRequest, public_url: str, *, known: b
 
 def refused_text(error: MergeAdapterError, author: str) -> str:
     """The answer to a command that starts nothing."""
-    return f"@{escape(author)}: {escape(error.message)}. {escape(error.hint)}".rstrip()
+    message, hint = (of_whom(text, THE_BOTS) for text in (error.message, error.hint))
+    return f"@{escape(author)}: {escape(message)}. {escape(hint)}".rstrip()
 
 
 def ended_text(job: Job, public_url: str) -> str:
@@ -43,7 +56,7 @@ def ended_text(job: Job, public_url: str) -> str:
         if url.startswith(("https://", "http://")) and not set(url) & set(" <>()[]\"'`"):
             lines.append(f"Published at {url} ({escape(str(job.publication.get('operation', '')))}).")
     if job.state is not JobState.DONE:
-        lines += [escape(text) for text in (job.message, job.hint) if text]
+        lines += [escape(of_whom(text, THE_BOTS)) for text in (job.message, job.hint) if text]
     return "\n\n".join(lines)
 
 

@@ -6,20 +6,29 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
+from markdown_it import MarkdownIt
+
 from merge_adapter.bot import choices
 from merge_adapter.bot.jobs import JobKind, JobOptions
 from merge_adapter.errors import InputError
 
 USAGE = (
-    "`merge [--base-model ID] [--base-revision REV] [--dtype DTYPE] [--strategy STRATEGY] [--target-repo ID] "
+    "merge [--base-model ID] [--base-revision REV] [--dtype DTYPE] [--strategy STRATEGY] [--target-repo ID] "
     "[--license ID] [--private true] [--subfolder PATH] [--quantized-base KIND] [--soft-prompt tokens] "
-    "[--adapter ID]… [--weight W]… [--combination KIND] [--density PART] [--svd-rank R]` "
-    "or `verify OWNER/MERGED[@REVISION]`"
+    "[--adapter ID]… [--weight W]… [--combination KIND] [--density PART] [--svd-rank R] "
+    "or verify OWNER/MERGED[@REVISION]"
 )
-_FENCE = re.compile(r"^\s*(```|~~~)")
 _LONGEST_LINE = 1000
+_LONGEST_COMMENT = 20_000
+"""Characters of a comment that are looked at."""
 _REPEATED = {"adapter": "adapters", "weight": "weights"}
 """Options that may stand there several times, as on the command line, and their names in `JobOptions`."""
+_OPTIONS = {
+    "subfolder": "subfolder",
+    **{name.replace("_", "-"): name for name in choices.NAMES if name not in _REPEATED.values()},
+    **_REPEATED,
+}
+"""Every option as it is written, and its name in `JobOptions`."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,22 @@ def find_command(text: str, name: str) -> Command | None:
     be understood.
     """
     mention = re.compile(rf"(?:^|\s)@{re.escape(name)}[:,]?\s+(merge|verify)\b(.*)$", re.IGNORECASE)
-    fenced = False
-    for line in text.splitlines():
-        if _FENCE.match(line):
-            fenced = not fenced
-        found = None if fenced or line.lstrip().startswith(">") else mention.search(line[:_LONGEST_LINE])
-        if found:
+    for line in _said(text):
+        if found := mention.search(line[:_LONGEST_LINE]):
             return _parse(JobKind(found[1].lower()), found[2])
     return None
+
+
+def _said(text: str) -> list[str]:
+    """The lines of a comment that are its author's own words: neither quoted, nor in a block of code, nor hidden."""
+    text = re.sub(r"\r\n?", "\n", text[:_LONGEST_COMMENT])  # as the parser counts lines
+    lines = text.split("\n")
+    for token in MarkdownIt().parse(text):
+        hidden = token.type == "html_block" and token.content.lstrip().startswith("<!--")
+        if token.map and (hidden or token.type in ("fence", "code_block")):
+            begin, end = token.map
+            lines[begin:end] = [""] * (end - begin)
+    return [line for line in lines if not line.lstrip().startswith(">")]
 
 
 def _parse(kind: JobKind, arguments: str) -> Command:
@@ -82,7 +99,8 @@ def _sort(words: list[str]) -> tuple[dict[str, str], list[str]]:
         value = value if equals else next(waiting, "")
         if not value or value.startswith("--"):
             raise InputError(f"--{name[:40]} has no value", hint=f"Write {USAGE}.")
-        name = _REPEATED.get(name, name.replace("-", "_"))
-        repeated = name in _REPEATED.values() and name in chosen
-        chosen[name] = f"{chosen[name]},{value}" if repeated else value
+        if name not in _OPTIONS:
+            raise InputError(f"there is no option --{name[:40]}", hint=f"Write {USAGE}.")
+        repeated = name in _REPEATED and _OPTIONS[name] in chosen
+        chosen[_OPTIONS[name]] = f"{chosen[_OPTIONS[name]]},{value}" if repeated else value
     return chosen, positional

@@ -14,7 +14,7 @@ from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages.forms import Wish, read_wish
 from merge_adapter.bot.pages.login import Session, end_session, genuine, read_session
 from merge_adapter.bot.pages.preview import plan_of
-from merge_adapter.bot.pages.render import HEADERS, of_whom, page
+from merge_adapter.bot.pages.render import HEADERS, page
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.submission import OverLimit
 from merge_adapter.errors import InputError, NotFoundError, PolicyError
@@ -32,8 +32,7 @@ def plan(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
     found = plan_of(wish, _token(session, parts), parts.settings)
     error = found.get("error")
     if isinstance(error, dict):
-        message, hint = (of_whom(str(error.get(key, "")), "your login") for key in ("message", "hint"))
-        raise InputError(message, hint=hint)
+        raise InputError(str(error.get("message", "")), hint=str(error.get("hint", "")))
     whole = not request.headers.get("HX-Request")
     return page(
         "plan_page.html" if whole else "plan.html",

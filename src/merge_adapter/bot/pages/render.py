@@ -60,11 +60,6 @@ def ago(moment: float | None) -> str:
     return "" if moment is None else f"{human_seconds(max(0.0, time.time() - moment))} ago"
 
 
-def of_whom(text: str, whose: str) -> str:
-    """A message of the command line for the page, where nobody set the variable that the token came in."""
-    return text.replace("the token in HF_TOKEN", whose)
-
-
 def clock(moment: float | None) -> str:
     """A moment in UTC, as <time> wants it."""
     return "" if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))

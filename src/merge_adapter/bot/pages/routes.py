@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
+from merge_adapter.bot.answers import of_whom
 from merge_adapter.bot.app import BodyTooLargeError, Parts
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages import actions, login, views
@@ -125,6 +126,7 @@ def _error(request: Request, parts: Parts, message: str, hint: str, status: int)
     """A whole page, or for htmx only what goes where the answer was expected."""
     template = "problem.html" if request.headers.get("HX-Request") else "error.html"
     session = login.read_session(request, parts)
+    message, hint = (of_whom(text, "your login") for text in (message, hint))
     return page(
         template,
         status=status,

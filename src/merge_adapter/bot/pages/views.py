@@ -11,10 +11,11 @@ from urllib.parse import urlencode
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from merge_adapter.bot.answers import THE_BOTS, of_whom
 from merge_adapter.bot.app import Parts
 from merge_adapter.bot.jobs import Job, JobKind, JobState, Source
 from merge_adapter.bot.pages.login import Session, login_target
-from merge_adapter.bot.pages.render import HEADERS, of_whom, page
+from merge_adapter.bot.pages.render import HEADERS, page
 from merge_adapter.bot.rows import JobFilter, count_jobs, find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, REPORT_FILE
 from merge_adapter.errors import MalformedError, NotFoundError
@@ -133,7 +134,7 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
     weights = verification.get("weights") or {}
     texts = ((verification.get("greedy") or {}).get("texts") or ())[:_TEXTS]
     stage = found.stage
-    whose = "the login of who asked" if found.request.source is Source.PAGE else "the bot's token"
+    whose = "the login of who asked" if found.request.source is Source.PAGE else THE_BOTS
     share = None
     if stage is not None and stage.total:
         share = max(0.0, min(1.0, stage.done / stage.total))
