@@ -119,6 +119,14 @@ def test_what_cannot_be_read_is_said(many: Any, tmp_path: Path) -> None:
     names.write_text("../etc/passwd\n")
     bad = backfill(many, tmp_path / "bot", "--file", str(names))
     assert bad.returncode == 2 and "not a Hub id" in bad.stderr
+    names.write_bytes(b"acme/tiny-\xff\n")
+    bad = backfill(many, tmp_path / "bot", "--file", str(names))
+    assert bad.returncode == 2 and "cannot be read as UTF-8" in bad.stderr
+    bad = backfill(many, tmp_path / "bot", "--author", "acme/tiny-001")
+    assert bad.returncode == 2 and "not the name of an owner" in bad.stderr
+    names.write_bytes(b"\xef\xbb\xbf# saved by an editor of Windows\r\n")
+    empty = backfill(many, tmp_path / "bot", "--file", str(names))
+    assert empty.returncode == 0 and "no adapter was found" in empty.stdout
 
 
 def test_each_adapter_of_a_repository_is_looked_at(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,9 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 
 def test_a_webhook_is_made_listed_tried_and_deleted(
-    environment: None, command: Any, bot: RunningBot, api: Any
+    environment: None, command: Any, bot: RunningBot, api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Made once for a URL, and changed when the command is given again."""
     code, out, err = command("webhook", "create", bot.webhook_url)
     assert code == 0, err
     hook_id = out.split()[0]
@@ -51,6 +54,11 @@ def test_a_webhook_is_made_listed_tried_and_deleted(
     (made,) = [hook for hook in api.list_webhooks() if hook.id == hook_id]
     assert made.url == bot.webhook_url and set(made.domains) == {"repo", "discussion"}
     assert bot.webhook_url in command("webhook", "list")[1]
+    monkeypatch.setenv("MERGE_ADAPTER_BOT_WATCH", "ada")
+    code, out, err = command("webhook", "create", bot.webhook_url)
+    assert code == 0 and out.startswith(hook_id) and "demo" not in out, err
+    (changed,) = [hook for hook in api.list_webhooks() if hook.url == bot.webhook_url]
+    assert [(item.type, item.name) for item in changed.watched] == [("user", "ada")]
     code, out, _ = command("webhook", "test", bot.webhook_url)
     assert code == 0 and out.count("ok  ") == 2
     assert command("webhook", "delete", hook_id)[:2] == (0, f"deleted {hook_id}\n")
@@ -64,6 +72,32 @@ def test_a_bot_with_another_secret_fails_the_test(
     monkeypatch.setenv("MERGE_ADAPTER_BOT_WEBHOOK_SECRET", "another")
     code, out, err = command("webhook", "test", bot.webhook_url)
     assert code == 6 and "FAIL  a harmless event" in out and "does not answer as it should" in err
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["bot.example", "ftp://bot.example", "http://", "http://exa mple/x", "http://[::1/x", "http://x:y/"],
+)
+@pytest.mark.parametrize("subcommand", ["create", "test"])
+def test_what_is_no_url_is_bad_input(environment: None, command: Any, subcommand: str, url: str) -> None:
+    code, _, err = command("webhook", subcommand, url)
+    assert code == 2 and "is not a URL" in err
+
+
+def test_something_that_is_no_bot_is_told(environment: None, command: Any) -> None:
+    """A server that speaks something else than HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(65536)
+                client.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        code, _, err = command("webhook", "test", f"http://127.0.0.1:{server.getsockname()[1]}/webhook")
+        thread.join()
+    assert code == 5 and "does not answer" in err
 
 
 def test_what_is_missing_is_said(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

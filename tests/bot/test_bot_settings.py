@@ -61,6 +61,8 @@ def test_what_a_space_sets_is_used() -> None:
         ('watch = ["ada/"]', "watch is 'ada/'"),
         ('maintainers = ["@ada"]', "maintainers is '@ada', expected the name of an account"),
         ('name = "@merge-bot"', "name is '@merge-bot'"),
+        ('webhook_secret = "of two\\nlines"', "webhook_secret is of another form, expected ASCII"),
+        ('token = "hf_geheimniß"', "token is of another form"),
         ('github_repository = "https://github.com/ada/merges"', "expected a repository as owner/name"),
         ("port = ", "not valid TOML"),
         ("lease_seconds = 0", "lease_seconds is 0.0, expected a number of at least 0.1"),

@@ -55,7 +55,8 @@ def run_backfill(
         sys.stdout.write(json.dumps(_document(candidates, summary), indent=2) + "\n")
     else:
         shown = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-        shown.print(_table(candidates, settings, hub))
+        if candidates:
+            shown.print(_table(candidates, settings, hub))
         shown.print(_totals(candidates, summary))
     return summary is None or summary.complete
 
@@ -66,16 +67,25 @@ def _names(
     """Adapter ids, each once, in the order they were named."""
     names: dict[str, None] = {}
     for author in authors:
-        names |= dict.fromkeys(adapters_of(hub, author))
+        names |= dict.fromkeys(adapters_of(hub, choices.owner(author)))
     for slug in collections:
         names |= dict.fromkeys(models_in_collection(hub, slug))
     if file is not None:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in _lines(file):
             if name := line.partition("#")[0].strip():
                 names[choices.repo_id(name, what="adapter")] = None
     if not (authors or collections or file):
         raise InputError("nothing was named", hint="Give --author OWNER, --collection SLUG or --file FILE.")
     return tuple(names)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(
+            encoding="utf-8-sig"
+        ).splitlines()  # Windows' editors put a mark before the first
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8: {error}") from error
 
 
 def _carry_out(
@@ -123,6 +133,8 @@ def _price(one: Candidate, settings: BotSettings, flavours: tuple[Flavour, ...])
 
 
 def _totals(candidates: tuple[Candidate, ...], summary: Summary | None) -> Text:
+    if not candidates:
+        return Text("no adapter was found that this token can see")
     count = {standing: sum(one.standing is standing for one in candidates) for standing in Standing}
     lines = [", ".join(f"{number} {standing.value}" for standing, number in count.items() if number)]
     if summary is None:

@@ -37,6 +37,15 @@ def repo_id(text: str, *, what: str) -> str:
     return text
 
 
+def owner(text: str) -> str:
+    """A user or an organisation. Raises InputError."""
+    if not re.fullmatch(_NAME, text) or ".." in text or "--" in text:
+        raise InputError(
+            f"{text[:100]!r} is not the name of an owner", hint="Give a user or an organisation."
+        )
+    return text
+
+
 def reference(text: str, *, what: str) -> tuple[str, str | None]:
     """`owner/name` or `owner/name@revision`, as id and revision. Raises InputError."""
     name, at, tail = text.strip().partition("@")

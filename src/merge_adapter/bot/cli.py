@@ -70,8 +70,12 @@ def create(
     url: Annotated[str, typer.Argument(metavar="URL", help="Where the bot is reached: https://HOST/webhook")],
     config: Config = None,
 ) -> None:
-    """Make the Hub call the bot for pushes and comments of the owners that it watches."""
-    from merge_adapter.hub.catalogue import create_webhook
+    """Make the Hub call the bot for pushes and comments of the owners that it watches.
+
+    Where a webhook calls this URL already, it is changed: give the command again after changing secret or owners.
+    """
+    from merge_adapter.bot.probe import check_url
+    from merge_adapter.hub.catalogue import set_webhook
 
     settings = _settings(config)
     if not settings.webhook_secret:
@@ -86,9 +90,8 @@ def create(
             "no owner is watched",
             hint="Set MERGE_ADAPTER_BOT_WATCH=OWNER,OTHER/REPOSITORY, or give the bot's settings file: --config FILE.",
         )
-    if not url.startswith(("https://", "http://")):
-        raise InputError(f"{url!r} is not a URL", hint="Such as https://OWNER-SPACE.hf.space/webhook")
-    made = create_webhook(_hub(settings), url, watch, settings.webhook_secret)
+    check_url(url)
+    made = set_webhook(_hub(settings), url, watch, settings.webhook_secret)
     typer.echo(f"{made.id}  {made.url}  watches {', '.join(made.watched)}")
 
 

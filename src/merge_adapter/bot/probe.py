@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from merge_adapter.bot.app import SECRET_HEADER
@@ -28,8 +30,7 @@ class Check:
 
 def probe(url: str, settings: BotSettings, *, adapter: str | None, hub: Hub | None) -> tuple[Check, ...]:
     """Try the bot at `url` with the secret of `settings`. With `adapter`, its head is sent as a push: a real job."""
-    if not url.startswith(("https://", "http://")):
-        raise InputError(f"{url!r} is not a URL", hint="Such as https://OWNER-SPACE.hf.space/webhook")
+    check_url(url)
     sample = payload("merge-adapter/sample", action="update", scope="repo.config")
     status, answer = _post(url, sample, "forged")
     checks = [Check("a forged event is refused", status == 401, f"{status}")]
@@ -51,6 +52,17 @@ def probe(url: str, settings: BotSettings, *, adapter: str | None, hub: Hub | No
             Check(f"the newest push of {head.repo_id}", status in (200, 202), f"{status} {_said(answer)}")
         )
     return tuple(checks)
+
+
+def check_url(url: str) -> None:
+    """Raises InputError for what is not the address of a web server."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, a port that is no number
+        usable = False
+    if not usable or not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(f"{url!r} is not a URL", hint="Such as https://OWNER-SPACE.hf.space/webhook")
 
 
 def payload(
@@ -96,7 +108,7 @@ def _post(url: str, body: dict[str, Any], secret: str) -> tuple[int, dict[str, A
     except HTTPError as error:
         with error:
             return error.code, _parsed(error.read(65536))
-    except (URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, HTTPException) as error:  # URLError is an OSError
         raise HubError(
             f"{url} does not answer: {error}", hint="Is the bot running, and reached there?"
         ) from error

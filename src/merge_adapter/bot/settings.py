@@ -44,6 +44,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _URL = _Shape(re.compile(r"https?://[^\s/]\S*"), "a URL, such as https://merge.example.org")
 _USER = _Shape(re.compile(_NAME), "the name of an account, without an @")
 _WATCHED = _Shape(re.compile(rf"\*|{_NAME}(/{_NAME})?"), "an owner, a repository as owner/name, or *")
+_HEADER = _Shape(re.compile(r"[!-~]+"), "ASCII without spaces, as it travels in a header")
 _REPOSITORY = _Shape(re.compile(rf"{_NAME}/{_NAME}"), "a repository as owner/name")
 
 
@@ -79,9 +80,12 @@ class BotSettings:
         "", "Name that comments mention, without the @; empty: the account of the bot's token.", shape=_USER
     )
     endpoint: str = _knob("", "URL of the Hub; empty: huggingface.co.", also="HF_ENDPOINT", shape=_URL)
-    token: str = _knob("", "The bot's own Hub token.", secret=True, also="HF_TOKEN")
+    token: str = _knob("", "The bot's own Hub token.", secret=True, also="HF_TOKEN", shape=_HEADER)
     webhook_secret: str = _knob(
-        "", "Secret that the Hub's webhook sends; without one no webhook is accepted.", secret=True
+        "",
+        "Secret that the Hub's webhook sends; without one no webhook is accepted.",
+        secret=True,
+        shape=_HEADER,
     )
     watch: tuple[str, ...] = _knob(
         (), "Owners, or repositories as owner/name, whose pushes start jobs; * for all.", shape=_WATCHED
@@ -139,7 +143,9 @@ class BotSettings:
     github_repository: str = _knob(
         "", "github: repository, owner/name, whose workflow runs the action.", shape=_REPOSITORY
     )
-    github_token: str = _knob("", "github: token that may dispatch there.", secret=True, also="GITHUB_TOKEN")
+    github_token: str = _knob(
+        "", "github: token that may dispatch there.", secret=True, also="GITHUB_TOKEN", shape=_HEADER
+    )
     github_event: str = _knob("merge-adapter", "github: type of the repository_dispatch event.")
     github_api: str = _knob(
         "https://api.github.com", "github: URL of its API.", also="GITHUB_API_URL", shape=_URL
@@ -184,7 +190,8 @@ def _check(one: dataclasses.Field[Any], value: Any) -> None:
         raise InputError(f"the setting {one.name} is {value}, expected {bound}")
     for text in (value if isinstance(value, tuple) else (value,)) if shape else ():
         if text and not shape.pattern.fullmatch(text):
-            raise InputError(f"the setting {one.name} is {text[:100]!r}, expected {shape.expected}")
+            found = "of another form" if one.metadata["secret"] else repr(text[:100])
+            raise InputError(f"the setting {one.name} is {found}, expected {shape.expected}")
 
 
 def load_settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from huggingface_hub import WebhookInfo
@@ -56,11 +57,16 @@ def models_in_collection(hub: Hub, slug: str) -> tuple[str, ...]:
     return tuple(item.item_id for item in found.items if item.item_type == "model")
 
 
-def create_webhook(hub: Hub, url: str, watch: Iterable[str], secret: str) -> Webhook:
-    """Make the Hub call `url` for every push and comment in `watch`: owners, or repositories as owner/name."""
+def set_webhook(hub: Hub, url: str, watch: Iterable[str], secret: str) -> Webhook:
+    """Make the Hub call `url` for every push and comment in `watch`: owners, or repositories as owner/name.
+
+    A webhook that calls `url` already is changed: with two, the Hub would tell everything twice.
+    """
     watched: list[dict[str, str]] = [{"type": _kind(hub, name), "name": name} for name in watch]
-    with hub.calling("create a webhook"):
-        made = hub.api.create_webhook(
+    known = next((one.id for one in list_webhooks(hub) if one.url == url), None)
+    api = hub.api
+    with hub.calling(f"make the Hub call {url}"):
+        made = (api.create_webhook if known is None else partial(api.update_webhook, known))(
             url=url,
             watched=watched,  # type: ignore[arg-type]  # the client takes dicts; list is invariant
             domains=["repo", "discussion"],
