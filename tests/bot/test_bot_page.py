@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,55 @@ def test_the_form_says_what_is_wrong(bot: RunningBot, push_adapter: Any) -> None
     assert list_jobs(bot.queue.store) == []
 
 
+_SLOW_PLAN = """#!/bin/sh
+echo begun >> {folder}/begun
+while [ ! -e {folder}/go ]; do sleep 0.1; done
+echo '{{"error": {{"message": "no plan", "hint": ""}}}}'
+"""
+
+
+def test_plans_that_wait_their_turn_keep_no_page_waiting(
+    bot: RunningBot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    """Each user has one made at a time, and there are never more than two; the others wait without a thread."""
+    program = tmp_path / "slow"
+    program.write_text(_SLOW_PLAN.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    users = [logged_in(bot, name, f"hf_{name}") for name in ("ada", "eve", "rae")]
+    asked = [users[0]] * 50 + users[1:]
+
+    def begun() -> int:
+        path = tmp_path / "begun"
+        return path.read_text().count("begun") if path.exists() else 0
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [
+            pool.submit(post, bot, "/plan", f"adapter=ada/x&csrf={one.csrf}", cookie=one.cookie)
+            for one in asked
+        ]
+        try:
+            eventually(lambda: begun() == 2)
+            with urlopen(f"{bot.url}/health", timeout=60) as health:
+                assert health.status == 200
+            assert begun() == 2
+        finally:
+            (tmp_path / "go").touch()
+        assert all(answer.result()[0] == 422 for answer in answers)
+    assert begun() == len(asked)
+
+
+def test_what_is_not_the_askers_fault_is_not_called_so(bot: RunningBot, settings: Any) -> None:
+    """The store or the Hub away, or an address that is only posted to: a page that says it, and a fitting status."""
+    status, page, _ = get(bot, "/plan")
+    assert status == 405 and "this address is not a page" in page
+    settings.database.rename(settings.database.with_suffix(".away"))
+    ada = "merge_adapter_session=x"
+    seen = {get(bot, path, cookie=ada)[0] for path in ("/", "/jobs", "/jobs/x", "/metrics", "/health")}
+    assert seen == {503}
+    assert "the bot&#39;s store" in get(bot, "/", cookie=ada)[1]
+
+
 def test_a_user_has_a_limit_and_their_token_is_kept_sealed(bot: RunningBot, push_adapter: Any) -> None:
     repo_id, _ = push_adapter("ada/limits")
     ada = logged_in(bot, "ada", "hf_ada")
@@ -265,7 +316,7 @@ def _walk(browser: Any, bot: RunningBot, hub_url: str, token: str) -> None:
     page.get_by_label("Adapter", exact=True).fill("ada/by-hand")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Merge it").wait_for(timeout=120_000)
-    assert "demo/pydoc-llama" in page.inner_text("#plan")
+    assert "demo/pydoc-llama" in page.inner_text("#plan") and "ada/by-hand-merged" in page.inner_text("#plan")
     page.get_by_role("button", name="Merge it").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**/jobs/*", timeout=120_000)

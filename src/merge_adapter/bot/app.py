@@ -62,7 +62,10 @@ def make_app(parts: Parts) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        text = parts.metrics.text(parts.inbox, workers=parts.workers_alive())
+        try:
+            text = parts.metrics.text(parts.inbox, workers=parts.workers_alive())
+        except StorageError as error:
+            return PlainTextResponse(f"{error.message}\n", status_code=503)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     if parts.settings.pages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
@@ -25,9 +26,8 @@ from merge_adapter.hub.session import Patience
 _PATIENCE = Patience(attempts=2, first_wait=0.5)
 
 
-def plan(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
-    """What the merge would do, and the button that starts it."""
-    session = _checked(request, form, parts)
+def plan(request: Request, form: Mapping[str, str], session: Session, parts: Parts) -> Response:
+    """What the merge would do, and the button that starts it. `session` was checked."""
     wish = read_wish(form)
     found = plan_of(wish, _token(session, parts), parts.settings)
     error = found.get("error")
@@ -39,13 +39,14 @@ def plan(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
         session=session,
         login_target="_self",
         plan=found,
+        target=_target(found["adapter"], wish),
         form=form,
     )
 
 
 def submit(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
     """Queue the merge, with the user's own token, and go to its page."""
-    session = _checked(request, form, parts)
+    session = checked(request, form, parts)
     submission = parts.queue.submit(
         _request(read_wish(form), session, parts), limit=parts.settings.jobs_per_user
     )
@@ -57,7 +58,7 @@ def submit(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
 
 def cancel(request: Request, form: Mapping[str, str], job_id: str, parts: Parts) -> Response:
     """Cancel a job."""
-    session = _checked(request, form, parts)
+    session = checked(request, form, parts)
     found = find_job(parts.queue.store, job_id)
     if found is None or not session.viewer.may_see(found):
         raise NotFoundError(f"there is no job {job_id[:40]}")
@@ -70,19 +71,28 @@ def cancel(request: Request, form: Mapping[str, str], job_id: str, parts: Parts)
 
 def logout(request: Request, form: Mapping[str, str], parts: Parts) -> Response:
     """End the session."""
-    _checked(request, form, parts)
+    checked(request, form, parts)
     response = RedirectResponse("/", status_code=303, headers=HEADERS)
     end_session(request, response, parts)
     return response
 
 
-def _checked(request: Request, form: Mapping[str, str], parts: Parts) -> Session:
+def checked(request: Request, form: Mapping[str, str], parts: Parts) -> Session:
+    """The session that a form comes from. Raises PolicyError for one that comes from elsewhere."""
     session = read_session(request, parts)
     if not session.user:
         raise PolicyError("you are not logged in, or no longer", hint="Log in, and send the form again.")
     if not genuine(request, session, form.get("csrf", ""), parts):
         raise PolicyError("this form does not come from this page", hint="Load the page again.")
     return session
+
+
+def _target(adapter: Mapping[str, Any], wish: Wish) -> str:
+    """Where the merge that was planned is offered."""
+    folder = adapter.get("subfolder") or wish.subfolder
+    return JobRequest(
+        adapter["id"], adapter["revision"], Source.PAGE, subfolder=folder, options=wish.options
+    ).target
 
 
 def _token(session: Session, parts: Parts) -> str:

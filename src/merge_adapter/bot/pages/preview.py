@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from merge_adapter.bot.pages.forms import Wish
@@ -18,8 +20,29 @@ from merge_adapter.bot.settings import BotSettings
 from merge_adapter.errors import HubError, InputError
 
 _SECONDS = 90.0
-_AT_ONCE = threading.BoundedSemaphore(2)
+_AT_ONCE = 2
 """Plans read headers only, but each costs a Python process."""
+
+
+class Turns:
+    """Whose plan is made now: one at a time of each user, and few in all. Waiting for it costs no thread, or those who
+    wait would leave none for the other pages."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(_AT_ONCE)
+        self._own: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @asynccontextmanager
+    async def take(self, user: str) -> AsyncIterator[None]:
+        """Raises HubError when it takes too long to come to it."""
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(_SECONDS):
+                    await held.enter_async_context(self._own[user])
+                    await held.enter_async_context(self._all)
+            except TimeoutError:
+                raise HubError("too many plans are being made", hint="Try again in a minute.") from None
+            yield
 
 
 def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
@@ -33,8 +56,6 @@ def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
         "HF_TOKEN": token,
         **({"HF_ENDPOINT": settings.endpoint} if settings.endpoint else {}),
     }
-    if not _AT_ONCE.acquire(timeout=_SECONDS):
-        raise HubError("too many plans are being made", hint="Try again in a minute.")
     try:
         with tempfile.TemporaryDirectory(prefix="merge-adapter-plan-") as empty:
             done = subprocess.run(
@@ -48,8 +69,6 @@ def plan_of(wish: Wish, token: str, settings: BotSettings) -> Mapping[str, Any]:
             )
     except subprocess.TimeoutExpired:
         raise HubError(f"the plan took more than {_SECONDS:.0f} seconds", hint="Try again later.") from None
-    finally:
-        _AT_ONCE.release()
     try:
         parsed = json.loads(done.stdout)
     except ValueError:

@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from merge_adapter import __version__
 from merge_adapter.report.charts import STYLE
-from merge_adapter.report.progress import human_seconds
 from merge_adapter.sizes import human_bytes
 
 HTMX = "htmx-4.0.1.min.js"
@@ -56,8 +55,14 @@ def static_url(name: str) -> str:
 
 
 def ago(moment: float | None) -> str:
-    """How long ago a moment was, for people."""
-    return "" if moment is None else f"{human_seconds(max(0.0, time.time() - moment))} ago"
+    """How long ago a moment was, for people: the larger unit alone tells enough."""
+    if moment is None:
+        return ""
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
 
 
 def clock(moment: float | None) -> str:
@@ -74,7 +79,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "ago": ago, "clock": clock}
+    environment.filters |= {"bytes": human_bytes, "ago": ago, "clock": clock}
     environment.globals |= {"static": static_url, "htmx": HTMX, "version": __version__, "markup": Markup}
     return environment
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
@@ -11,8 +13,9 @@ from merge_adapter.bot.app import BodyTooLargeError, Parts
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.pages import actions, login, views
 from merge_adapter.bot.pages.forms import read_form
+from merge_adapter.bot.pages.preview import Turns
 from merge_adapter.bot.pages.render import HEADERS, page, static_file
-from merge_adapter.errors import MergeAdapterError, NotFoundError, PolicyError
+from merge_adapter.errors import MergeAdapterError, NotFoundError, PolicyError, RemoteError, StorageError
 from merge_adapter.hub.oauth import authorize_url, finish_login, new_attempt
 
 _FOR_EVER = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
@@ -26,8 +29,7 @@ def add_pages(app: FastAPI, parts: Parts) -> None:
 
     @app.exception_handler(MergeAdapterError)
     async def failed(request: Request, error: MergeAdapterError) -> HTMLResponse:
-        status = 404 if isinstance(error, NotFoundError) else 403 if isinstance(error, PolicyError) else 422
-        return _error(request, parts, error.message, error.hint, status)
+        return _error(request, parts, error.message, error.hint, _status_of(error))
 
     @app.exception_handler(BodyTooLargeError)
     async def too_large(request: Request, error: BodyTooLargeError) -> HTMLResponse:  # noqa: ARG001
@@ -36,6 +38,10 @@ def add_pages(app: FastAPI, parts: Parts) -> None:
     @app.exception_handler(404)
     async def missing(request: Request, error: Exception) -> HTMLResponse:  # noqa: ARG001
         return _error(request, parts, "there is no such page", "The jobs are listed on the first page.", 404)
+
+    @app.exception_handler(405)
+    async def no_page(request: Request, error: Exception) -> HTMLResponse:  # noqa: ARG001
+        return _error(request, parts, "this address is not a page", "Begin at the first page.", 405)
 
 
 def _add_views(app: FastAPI, parts: Parts) -> None:
@@ -77,10 +83,14 @@ def _add_views(app: FastAPI, parts: Parts) -> None:
 
 
 def _add_actions(app: FastAPI, parts: Parts) -> None:
+    turns = Turns()
+
     @app.post("/plan")
     async def plan(request: Request) -> Response:
         form = await read_form(request, parts)
-        return await run_in_threadpool(actions.plan, request, form, parts)
+        session = await run_in_threadpool(actions.checked, request, form, parts)
+        async with turns.take(session.user):
+            return await run_in_threadpool(actions.plan, request, form, session, parts)
 
     @app.post("/jobs")
     async def submit(request: Request) -> Response:
@@ -122,10 +132,26 @@ def _add_login(app: FastAPI, parts: Parts) -> None:
         return response
 
 
+_STATUS: Mapping[type[MergeAdapterError], int] = {
+    NotFoundError: 404,
+    PolicyError: 403,
+    RemoteError: 502,
+    StorageError: 503,
+}
+
+
+def _status_of(error: MergeAdapterError) -> int:
+    """422, unless it is not what was asked for that is wrong."""
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 422)
+
+
 def _error(request: Request, parts: Parts, message: str, hint: str, status: int) -> HTMLResponse:
     """A whole page, or for htmx only what goes where the answer was expected."""
     template = "problem.html" if request.headers.get("HX-Request") else "error.html"
-    session = login.read_session(request, parts)
+    try:
+        session = login.read_session(request, parts)
+    except StorageError:  # it may be what the page is to say
+        session = login.NOBODY
     message, hint = (of_whom(text, "your login") for text in (message, hint))
     return page(
         template,
