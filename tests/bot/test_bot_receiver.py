@@ -21,12 +21,14 @@ from urllib.request import urlopen
 
 import pytest
 
-from merge_adapter.bot.jobs import JobState, Outcome, Source
+from merge_adapter.bot.jobs import JobOptions, JobState, Outcome, Source
 from merge_adapter.bot.probe import probe
 from merge_adapter.bot.rows import list_jobs
 from merge_adapter.bot.server import RunningBot, start
 from merge_adapter.bot.settings import BotSettings
+from merge_adapter.bot.sources import private_sources
 from merge_adapter.bot.store import Store
+from merge_adapter.bot.survey import survey
 from merge_adapter.errors import HubError, InputError, StorageError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.catalogue import adapter_folders
@@ -422,6 +424,50 @@ def test_a_commenter_cannot_have_the_bot_publish_what_it_alone_may_read(
         assert jobs(other) == []
         (note,) = other.queue.store.read("SELECT note FROM events")
         assert "demo/closed-base is private" in note["note"]
+        with commented(api, repo_id, "@merge-adapter verify demo/closed-base", token="hf_stranger") as event:
+            send(other.webhook_url, event)
+        settled(other, eventually)
+        assert jobs(other) == []
+        note = other.queue.store.read("SELECT note FROM events")[-1]
+        assert "demo/closed-base is private and belongs to somebody else" in note["note"]
+
+
+def test_a_job_is_as_private_as_what_it_reads(
+    bot: RunningBot,
+    api: Any,
+    base_on_hub: str,
+    lm_adapter: Path,
+    push_adapter: Any,
+    tmp_path: Path,
+    send: Any,
+    push_event: Any,
+    eventually: Any,
+) -> None:
+    """Its log and its report show what a private base answers, though its adapter is open to all."""
+    api.create_repo("demo/hidden-base", private=True, exist_ok=True)
+    api.upload_folder(repo_id="demo/hidden-base", folder_path=api.snapshot_download(base_on_hub))
+    shutil.copytree(lm_adapter, tmp_path / "of-hidden")
+    config = tmp_path / "of-hidden" / "adapter_config.json"
+    config.write_text(config.read_text().replace(base_on_hub, "demo/hidden-base"))
+    of_hidden, sha = push_adapter("ada/of-hidden", folder=tmp_path / "of-hidden")
+    of_open, other = push_adapter("ada/of-open")
+    push_adapter("ada/hidden-second", private=True)
+    send(bot.webhook_url, push_event(of_hidden, sha))
+    send(bot.webhook_url, push_event(of_open, other))
+    settled(bot, eventually)
+    private = {job.request.adapter: job.request for job in list_jobs(bot.queue.store)}
+    assert private[of_hidden].private and not private[of_open].private
+    hub = Hub(bot.settings.endpoint, "hf_ada")
+    assert {one.repo_id: one.private for one in survey((of_hidden, of_open), hub, bot.settings)} == {
+        of_hidden: True,
+        of_open: False,
+    }
+    for options in (
+        JobOptions(adapters=("ada/hidden-second",)),
+        JobOptions(base_model="demo/hidden-base"),
+        JobOptions(merged="demo/hidden-base"),
+    ):
+        assert private_sources(replace(private[of_open], options=options), hub)
 
 
 def test_a_commenter_has_a_limit_of_open_jobs_and_is_told(

@@ -12,10 +12,10 @@ from merge_adapter.bot.answers import accepted_text, marker_of, refused_text
 from merge_adapter.bot.commands import Command, find_command
 from merge_adapter.bot.events import CommentEvent, PushEvent
 from merge_adapter.bot.inbox import Inbox, Pending
-from merge_adapter.bot.jobs import JobOptions, JobRequest, Reply, Source
+from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, Reply, Source
 from merge_adapter.bot.logs import log
 from merge_adapter.bot.settings import BotSettings
-from merge_adapter.bot.sources import source_of
+from merge_adapter.bot.sources import private_sources, sources_of
 from merge_adapter.bot.submission import Duplicate, OverLimit, Submission, Submitted
 from merge_adapter.errors import (
     InputError,
@@ -30,7 +30,6 @@ from merge_adapter.hub.catalogue import adapter_folders
 from merge_adapter.hub.conversations import Comment, members, read_comments, say_once
 from merge_adapter.hub.errors import RefusedError, status_of
 from merge_adapter.hub.repository import HubRepository
-from merge_adapter.resolve import resolve
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -137,7 +136,7 @@ class Intake:
         if len(folders) > _MOST_ADAPTERS:
             return f"{len(folders)} adapters in one push, more than {_MOST_ADAPTERS}", ()
         note = "an adapter was pushed" if len(folders) == 1 else f"{len(folders)} adapters were pushed"
-        return note, tuple(
+        requests = (
             JobRequest(
                 adapter=head.repo_id,
                 revision=head.revision,
@@ -149,6 +148,10 @@ class Intake:
             )
             for folder in folders
         )
+        return note, tuple(self._as_closed_as_its_sources(one) for one in requests)
+
+    def _as_closed_as_its_sources(self, request: JobRequest) -> JobRequest:
+        return replace(request, private=request.private or bool(private_sources(request, self.hub)))
 
     def _changed(self, head: HubRepository, folders: Sequence[str], old_sha: str) -> tuple[str, ...]:
         """The folders whose adapter's files differ between the old commit and the head."""
@@ -210,7 +213,7 @@ class Intake:
             observed=observed,
         )
         self._check_audience(request)
-        return request
+        return self._as_closed_as_its_sources(request)
 
     def _read(self, event: CommentEvent) -> Comment | None:
         comments = read_comments(self.hub, event.repo_id, event.number)
@@ -236,22 +239,27 @@ class Intake:
         """Raises PolicyError when a closed source would reach the readers of a target that the asker names.
 
         Naming a target vouches for its readers where the namer's own token reads the sources. Here it is the bot's,
-        which may read what the asker may not.
+        which may read what the asker may not. The same holds for a verification, which tells what they answer.
         """
         target = request.options.target_repo
-        if not target:
-            return
-        from merge_adapter.publish import policy
+        if request.kind is JobKind.VERIFY:
+            owner = request.adapter.partition("/")[0].lower()
+            for one in private_sources(request, self.hub):
+                if one.owner.lower() != owner:
+                    raise PolicyError(
+                        f"{one} is private and belongs to somebody else: its answers would be told here",
+                        hint="Run merge-adapter verify with a token of your own.",
+                    )
+        elif target:
+            from merge_adapter.publish import policy
 
-        sources = resolve(source_of(request), hub=self.hub, quantized_base=request.options.quantized_base)
-        opened = [*(one.repository for one in sources.adapters), sources.base.repository]
-        policy.check_audience(
-            [policy.inspect("source", one)[0] for one in opened],
-            owner=target.partition("/")[0],
-            user="",
-            named_by_user=False,
-            allow_base=self.settings.allow_base,
-        )
+            policy.check_audience(
+                sources_of(request, self.hub),
+                owner=target.partition("/")[0],
+                user="",
+                named_by_user=False,
+                allow_base=self.settings.allow_base,
+            )
 
     def _accept(self, pending: Pending, event: CommentEvent, request: JobRequest) -> None:
         (submission,) = self.inbox.settle(

@@ -137,6 +137,7 @@ def _plan(
     source = SourceRequest((f"{repo_id}@{revision}",), subfolder=subfolder, local_paths=False)
     sources = resolve(source, hub=hub)
     origin = sources.adapter.repository.origin
+    read = (sources.adapter.repository, sources.base.repository)
     publishing = prepare(sources, MergeSettings(), PublishSettings(allow_base=settings.allow_base), hub=hub)
     sources = repinned(sources, publishing, hub=hub)
     published = find_published(sources, MergeSettings(), publishing, hub=hub)
@@ -147,7 +148,7 @@ def _plan(
         revision=origin.revision or "",
         subfolder=origin.subfolder,
         observed=observed,
-        private=inspect("adapter", sources.adapter.repository)[0].openness is Openness.PRIVATE,
+        private=any(inspect("source", one)[0].openness is Openness.PRIVATE for one in read),
     )
     if published is not None:
         return replace(found, standing=Standing.MERGED, note=published.publication.url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,6 +18,7 @@ from merge_adapter.bot.pages.login import Session, end_session, genuine, read_se
 from merge_adapter.bot.pages.preview import plan_of
 from merge_adapter.bot.pages.render import HEADERS, page
 from merge_adapter.bot.rows import find_job
+from merge_adapter.bot.sources import private_sources
 from merge_adapter.bot.submission import OverLimit
 from merge_adapter.errors import InputError, NotFoundError, PolicyError
 from merge_adapter.hub import Hub
@@ -111,7 +113,7 @@ def _request(wish: Wish, session: Session, parts: Parts) -> JobRequest:
             f"{head.repo_id} holds {len(folders) or 'no'} adapter{'s' if folders else ''}",
             hint="Name the folder that holds adapter_config.json.",
         )
-    return JobRequest(
+    request = JobRequest(
         adapter=head.repo_id,
         revision=head.revision,
         source=Source.PAGE,
@@ -123,6 +125,7 @@ def _request(wish: Wish, session: Session, parts: Parts) -> JobRequest:
         token=session.token,
         observed=observed,
     )
+    return replace(request, private=head.private or bool(private_sources(request, hub)))
 
 
 def _go(request: Request, place: str) -> Response:
