@@ -359,7 +359,7 @@ def test_an_event_that_finds_a_bug_holds_up_no_other_and_is_not_lost(
     real = hub.open
 
     def open_(name: str, **options: Any) -> Any:
-        return real(name, **options) if name == repo_id else {}["bug"]
+        return {}["bug"] if name == "ada/bad" else real(name, **options)
 
     monkeypatch.setattr(hub, "open", open_)
     with Store(settings.database) as store:
