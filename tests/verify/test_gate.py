@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import MalformedError, NotFoundError
 from merge_adapter.types import Verdict
+from merge_adapter.verify import VerifySettings
 
 HERE = {"outputs": True, "isolated": False, "probe_tokens": 256, "greedy_tokens": 4}
 """The whole gate in this process, at small cost."""
@@ -191,3 +192,24 @@ def test_sources_that_cannot_be_read_are_errors_not_verdicts(
         probes = tmp_path / "bad.jsonl"
         probes.write_text('{"words": 1}\n')
         right.judge(probes=probes)
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+@pytest.mark.parametrize("where", ["merged", "adapter"])
+def test_numbers_that_are_none_make_a_report(
+    where: str, value: str, tmp_path: Path, good: Callable[[str], Any], reported: Callable[..., Any],
+    sources_of: Callable[..., Any],
+) -> None:  # fmt: skip
+    """In the merged model a fault; in the adapter no merge can be right. Either way what is measured is JSON."""
+    right = good("lm-bf16")
+    merged = Path(shutil.copytree(right.merged, tmp_path / "merged"))
+    adapter = Path(shutil.copytree(right.sources.adapter.repository.origin.folder, tmp_path / "adapter"))
+    file = merged / "model.safetensors" if where == "merged" else adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if "down_proj" in key and "lora_A" not in key)
+    tensors[name][3, 3] = float(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+    sources = sources_of(adapter, right.sources.base.repository.origin.folder)
+    settings = VerifySettings(probe_tokens=64, isolated=False, greedy_tokens=4)
+    result = reported(merged, sources, settings)
+    assert result.verdict is Verdict.FAIL, result.reasons

@@ -290,6 +290,7 @@ CORRUPTIONS = (
     Corruption("another adapter", foreign, "another adapter"),
     Corruption("tensor zeroed", lambda p: p.edit(one(p), lambda m, b: torch.zeros_like(m)), "zeroed"),
     Corruption("not a number", damage(first, lambda t: t[0, 0].fill_(float("nan"))), "1 of .* not finite"),
+    Corruption("infinite", damage(first, lambda t: t[0, 0].fill_(float("-inf"))), "1 of .* not finite"),
     Corruption("a row damaged", damage(first, lambda t: t[2].mul_(-1)), r"wrong in 1 of .* rows \(row 2\)"),
     Corruption("one element off", damage(first, flip_bit), r"wrong in 1 of .* rows \(row 3\)"),
     Corruption("transposed", transpose, "transposed"),

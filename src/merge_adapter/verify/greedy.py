@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +48,8 @@ def judge_written(
         }
         if reference.base is not None:
             row["base"] = _text(tokenizer, reference.base[at])
-        if differs:
-            gap = float(reference.gaps[at, differs[0]])
+        gap = float(reference.gaps[at, differs[0]]) if differs else math.nan
+        if math.isfinite(gap) and math.isfinite(noise):  # what is not, the outputs part tells
             row |= {"gap": float(f"{gap:.4g}"), "noise": float(f"{noise:.4g}"), "explained": gap <= noise}
             if gap > noise:
                 text = (

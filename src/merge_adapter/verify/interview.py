@@ -364,5 +364,5 @@ class Interview:
             )
             self.findings += part.findings
             self.evidence["outputs"] = {"verdict": str(verdict(part.findings)), **part.evidence}
-            if self.subject.kind is Kind.CAUSAL and probes.source == "text":
+            if part.evidence and self.subject.kind is Kind.CAUSAL and probes.source == "text":
                 self._likelihood(heard.reading)

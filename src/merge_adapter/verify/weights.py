@@ -292,7 +292,7 @@ def _count_errors(
     error = (merged.double() - target).abs()
     moved = ((merged.double() - once.double()) * delta)[differing]
     sums.moved += float(moved.sum())
-    ratio = (error / tolerance)[differing & ~same].nan_to_num(nan=math.inf)
+    ratio = (error / tolerance)[differing & ~same].nan_to_num(nan=math.inf, posinf=math.inf)
     sums.worst = max(sums.worst, float(ratio.max()) if ratio.numel() else 0.0)
     return ~((error <= tolerance) | same)
 
