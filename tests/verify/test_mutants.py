@@ -46,7 +46,7 @@ def test_a_left_out_adapter_is_the_merge_without_it() -> None:
     rest = one.base.double() + one.left[:, 2:] @ one.right[2:]
     found = faulty_rows(mutants[0], one, 0, 24, torch.float64, 0)
     torch.testing.assert_close(found, rest, rtol=1e-12, atol=1e-12)
-    names = [outcome.fault for outcome in run_mutants(expected, torch.float32, 0)]
+    names = [outcome.fault for outcome in run_mutants(expected, {"a": torch.float32}, 0)]
     assert names[len(MUTANTS) :] == [
         "adapter 1 left out: the update of the other 2 alone",
         "adapter 3 left out: the update of the other 2 alone",
@@ -72,7 +72,7 @@ def test_every_fault_is_caught_in_every_dtype(dtype: torch.dtype) -> None:
     expected = Expectations(updates={f"layer.{at}": update(2, 2, seed=at, strength=0.3) for at in range(4)})
     for one in expected.updates.values():
         one.base = one.base.to(dtype)
-    outcomes = run_mutants(expected, dtype, 0, full=True)
+    outcomes = run_mutants(expected, dict.fromkeys(expected.updates, dtype), 0, full=True)
     assert len(outcomes) == len(MUTANTS) + len(SHOWN) + 2 + 1
     for outcome in outcomes:
         assert outcome.weights == outcome.tried == 3, outcome
@@ -85,7 +85,7 @@ def test_a_fault_that_goes_unseen_is_told() -> None:
     expected.updates["a"].base = expected.updates["a"].base.bfloat16()
     found = {
         f.subject.split(":")[0]: f.weight
-        for f in judge_mutants(run_mutants(expected, torch.bfloat16, 0, full=True))
+        for f in judge_mutants(run_mutants(expected, {"a": torch.bfloat16}, 0, full=True))
     }
     assert found["no-op"] is Weight.UNDECIDED
     assert found["scaled by 0.9"] is Weight.WARNING

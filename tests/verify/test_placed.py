@@ -38,7 +38,7 @@ def placed(update: Update, known: dict[str, Known]) -> Tensor:
     """What the model reads."""
     layer = nn.Linear(*reversed(update.shape), bias=False)
     expected = Expectations(updates={"weight": update})
-    place_oracle(layer, expected, update.base.dtype, CPU, once_rounded, known)
+    place_oracle(layer, expected, {"weight": update.base.dtype}, CPU, once_rounded, known)
     with torch.no_grad():
         return layer.weight * 1
 

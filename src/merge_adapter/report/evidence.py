@@ -103,6 +103,8 @@ def _weights(section: Mapping[str, Any]) -> Row:
         parts.append(f"{agreement['rounded']} within rounding")
     if agreement.get("update cast first"):
         parts.append(f"{agreement['update cast first']} with the update rounded first")
+    if agreement.get("base cast first"):
+        parts.append(f"{agreement['base cast first']} with the base rounded first")
     if wrong:
         parts.append(f"{wrong} wrong")
     alpha, retained = section.get("alpha"), section.get("retained")

@@ -116,8 +116,7 @@ def _answer(
     from merge_adapter.verify.loading import Kind, load_model
 
     kind, device = Kind(job["kind"]), torch.device(job["device"])
-    dtype = getattr(torch, job["dtype"])
-    loaded = load_model(Path(job["merged"]), kind, dtype=dtype, trust_remote_code=job["trust"])
+    loaded = load_model(Path(job["merged"]), kind, trust_remote_code=job["trust"])
     result["missing"] = list(loaded.missing)
     widen(loaded.model, device)
     model, front = loaded.model, job["front"]
@@ -143,7 +142,7 @@ def _embed(folder: Path, job: dict[str, Any], batch: Batch) -> None:
     from merge_adapter.verify.sentences import embed_whole, load_whole
 
     device = torch.device(job["device"])
-    model = load_whole(Path(job["merged"]), dtype=getattr(torch, job["dtype"]), trust=job["trust"])
+    model = load_whole(Path(job["merged"]), trust=job["trust"])
     widen(model, device)
     for at, piece in enumerate(batch.parts()):
         _leave(folder, at, embed_whole(model, piece.ids, piece.mask, device))

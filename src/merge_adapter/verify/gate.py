@@ -7,6 +7,7 @@ Each part leaves findings; the heaviest of them is the verdict.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,6 @@ from merge_adapter.verify.loading import (
     load_base,
     load_model,
     read_json,
-    stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
 from merge_adapter.verify.placed import known_oracle
@@ -46,7 +46,13 @@ from merge_adapter.verify.quantized import dequantized_folder, stated
 from merge_adapter.verify.sentences import MODULES, source_of
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint, Layout
-from merge_adapter.verify.tensors import WeightsPart, judge_tensors, named_tensors, weights_section
+from merge_adapter.verify.tensors import (
+    WeightsPart,
+    judge_tensors,
+    named_tensors,
+    stored_dtypes,
+    weights_section,
+)
 from merge_adapter.verify.weights import Agreement
 
 
@@ -88,16 +94,14 @@ class Gate:
         if self.settings.outputs and self.settings.isolated:
             own = self._stack.enter_context(OwnProcess())
         started = time.monotonic()
-        dtype = stored_dtype(held)
-        base, adapted, expected, files = self._load(folder, kind, files, dtype)
+        base, adapted, expected, files = self._load(folder, kind, files)
         merged = self._load_merged(kind)
         self._note_time("loading", started)
         if merged is None:
             return
         self._load_report(merged, base)
         self._config(merged, base, labels_of(files))
-        with Checkpoint(self.merged, layout.files) as stored:
-            storage = stored_dtype(stored)
+        storage = stored_dtypes(expected, named_tensors(merged.model))
         started = time.monotonic()
         weights = self._weights(expected, merged.model)
         self.findings += unloaded_tensors(self.merged, layout, held, merged.unexpected)
@@ -118,7 +122,6 @@ class Gate:
             expected,
             weights.settled,
             outcomes,
-            dtype,
             storage,
             vocabulary(merged.model),
             known_oracle(weights, named_tensors(merged.model)),
@@ -145,12 +148,12 @@ class Gate:
         return headers.layout
 
     def _load(
-        self, folder: Path, kind: Kind, files: tuple[AdapterFile, ...], dtype: torch.dtype
+        self, folder: Path, kind: Kind, files: tuple[AdapterFile, ...]
     ) -> tuple[Loaded, Loaded, Expectations, tuple[AdapterFile, ...]]:
         """Base, base + adapter, what the merged model must hold, and the adapters' files as they fit the base."""
         trust = self.settings.trust_remote_code
         with self.progress.task("Loading base and adapter", None):
-            base = load_base(folder, kind, files, dtype=dtype, trust_remote_code=trust)
+            base = load_base(folder, kind, files, trust_remote_code=trust)
             files = fitted(files, base.model)
             adapted = adapt(base.model, self.sources, files)
         self._adapter_findings(adapted, files)
@@ -203,12 +206,8 @@ class Gate:
 
     def _load_merged(self, kind: Kind) -> Loaded | None:
         try:
-            with Checkpoint(self.merged, local_layout(self.merged).files) as own:
-                dtype = stored_dtype(own)
             with self.progress.task("Loading the merged model", None):
-                return load_model(
-                    self.merged, kind, dtype=dtype, trust_remote_code=self.settings.trust_remote_code
-                )
+                return load_model(self.merged, kind, trust_remote_code=self.settings.trust_remote_code)
         except (BaseModelError, MalformedError, NotFoundError) as error:
             self.findings.append(fault("files", "", error.message))
             return None
@@ -260,7 +259,7 @@ class Gate:
         if found:
             self.evidence["modules"] = layer_section(found, skipped, str(verdict(findings)))
 
-    def _mutants(self, expected: Expectations, storage: torch.dtype) -> list[Outcome]:
+    def _mutants(self, expected: Expectations, storage: Mapping[str, torch.dtype]) -> list[Outcome]:
         with self.progress.task("Injecting faults", None):
             full = self.settings.full_mutants
             outcomes = run_mutants(expected, storage, self.settings.seed, full=full)

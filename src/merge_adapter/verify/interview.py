@@ -65,10 +65,8 @@ class Subject:
     settled: bool
     """True when the merged weights leave the once-rounded oracle's answers no room to differ."""
     outcomes: list[Outcome]
-    loaded_dtype: torch.dtype
-    """In which the base is loaded."""
-    storage: torch.dtype
-    """In which the merged weights are stored."""
+    storage: Mapping[str, torch.dtype]
+    """In which the merged model holds each tensor that must change."""
     embeddings: int | None
     """Rows of the merged model's input embeddings."""
     known: Mapping[str, Known] = field(default_factory=dict)
@@ -241,7 +239,6 @@ class Interview:
             subject.base_folder,
             subject.kind,
             subject.files,
-            dtype=subject.loaded_dtype,
             trust_remote_code=self._trust,
         )
         stack_layers(plain.model, subject.sources)
@@ -301,7 +298,6 @@ class Interview:
         return Questions(
             folder=self.subject.merged,
             kind=self.subject.kind,
-            dtype=self.subject.storage,
             device=self.device,
             batch=batch,
             greedy=(written.prompts, written.text) if written is not None else None,

@@ -27,11 +27,13 @@ from merge_adapter.errors import (
 from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.types import Repository, Resolved
 from merge_adapter.verify.adapters import PREFIX, AdapterFile, peft_config, peft_folder
+from merge_adapter.verify.files import local_layout
 from merge_adapter.verify.kinds import AUTO_CLASS as AUTO_CLASS
 from merge_adapter.verify.kinds import HEADS, LABELLED
 from merge_adapter.verify.kinds import Kind as Kind
 from merge_adapter.verify.kinds import kind_of as kind_of
-from merge_adapter.verify.storage import Checkpoint, Layout, layout
+from merge_adapter.verify.rounding import is_narrower
+from merge_adapter.verify.storage import Checkpoint, Layout, layout, same_bytes
 from merge_adapter.verify.weighted import activate
 
 LONGEST_CAUSE = 400
@@ -64,12 +66,35 @@ def base_folder(repository: Repository, weights: Layout) -> Path:
     return repository.folder(sorted(wanted))
 
 
-def stored_dtype(held: Checkpoint) -> torch.dtype:
-    """The dtype that loads every floating-point tensor without loss: the one in use, or the widest of several."""
-    found = held.float_dtypes
-    if len(found) == 1:
-        return next(iter(found))
-    return torch.float64 if torch.float64 in found else torch.float32
+def _dtypes_to_load_in(held: Checkpoint) -> tuple[torch.dtype, ...]:
+    """The one in use; of several first the only one in 16 bit, which keeps the others' bulk mapped, then the widest."""
+    widest = held.widest_float
+    short = [dtype for dtype in held.float_dtypes if dtype in (torch.bfloat16, torch.float16)]
+    return tuple(dict.fromkeys((*short, widest))) if len(short) == 1 else (widest,)
+
+
+def _as_stored(model: nn.Module, held: Checkpoint) -> set[str]:
+    """Give each tensor of `model` the dtype that it has in its files; returns the names in the files that were found.
+
+    transformers loads a model in one dtype, and some of its modules in fp32 whatever the files hold. What a tensor may
+    err follows from the dtype it is stored in, so each is judged in that. A tensor that is made of several others goes
+    by no name of the files, and stays as it was loaded.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = set()
+    # ties stay ties: the data of a parameter is exchanged, not the parameter
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for known in (name, f"{prefix}{name}", name.removeprefix(prefix)):
+            stored = held.tensors.get(known)
+            if stored is None or stored.shape != tuple(tensor.shape):
+                continue
+            found.add(known)
+            if tensor.is_floating_point() and stored.torch_dtype not in (None, tensor.dtype):
+                own = held[known]
+                if own.is_floating_point() and same_bytes(own.to(tensor.dtype), tensor.detach()):
+                    tensor.data = own
+            break
+    return found
 
 
 @contextmanager
@@ -96,15 +121,41 @@ def load_model(
     folder: Path,
     kind: Kind,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     config_changes: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The model in `folder` as plain transformers loads it for `kind`, on the CPU, weights mapped from the disk.
 
-    Heads the folder does not hold are made anew, and listed as missing. Raises BaseModelError when transformers
-    cannot load it at all.
+    `dtype` None leaves each tensor in the dtype it is stored in. Heads the folder does not hold are made anew, and
+    listed as missing. Raises BaseModelError when transformers cannot load it at all, NotFoundError or MalformedError
+    for weights that cannot be read.
     """
+    if dtype is not None:
+        return _loaded(folder, kind, dtype, trust_remote_code, config_changes)
+    with Checkpoint(folder, local_layout(folder).files) as held:
+        for dtype in _dtypes_to_load_in(held):
+            loaded = _loaded(folder, kind, dtype, trust_remote_code, config_changes)
+            known = _as_stored(loaded.model, held) | set(loaded.unexpected)
+            wider = {name for name, one in held.tensors.items() if _is_cut(one.torch_dtype, dtype)}
+            if wider <= known:
+                break  # else one of them goes by another name, and has lost digits
+    return loaded
+
+
+def _is_cut(stored: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether loading in `dtype` takes digits from what is stored."""
+    return stored is not None and stored.is_floating_point and is_narrower(dtype, stored)
+
+
+def _loaded(
+    folder: Path,
+    kind: Kind,
+    dtype: torch.dtype,
+    trust_remote_code: bool,  # noqa: FBT001 - handed on
+    config_changes: Mapping[str, Any] | None,
+) -> Loaded:
+    """The model with every tensor in `dtype`, but for those that transformers keeps in fp32."""
     import transformers
 
     auto = getattr(transformers, AUTO_CLASS[kind])
@@ -177,13 +228,12 @@ def load_base(
     kind: Kind,
     adapters: tuple[AdapterFile, ...],
     *,
-    dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> Loaded:
     """The base with its head and vocabulary sized as the adapters need them."""
     labels = labels_of(adapters) if kind in LABELLED else None
     changes = {"num_labels": labels} if labels is not None else None
-    base = load_model(folder, kind, dtype=dtype, trust_remote_code=trust_remote_code, config_changes=changes)
+    base = load_model(folder, kind, trust_remote_code=trust_remote_code, config_changes=changes)
     _fit_vocabulary(base.model, adapters)
     return base
 

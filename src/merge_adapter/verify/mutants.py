@@ -212,15 +212,20 @@ class Outcome:
 
 
 def run_mutants(
-    expected: Expectations, storage: torch.dtype, seed: int, *, full: bool = False
+    expected: Expectations, storage: Mapping[str, torch.dtype], seed: int, *, full: bool = False
 ) -> list[Outcome]:
-    """Each fault on the sampled tensors, through the weights and the modules part. `full`: every fault there is."""
+    """Each fault on the sampled tensors, through the weights and the modules part. `full`: every fault there is.
+
+    `storage`: in which dtype a merged model holds each of them.
+    """
     updates = {name: update for name, update in expected.updates.items() if not isinstance(update, Replaced)}
     pairs = [
         (mutant, name) for mutant in mutants_of(expected, full=full) for name in _picked(mutant, updates)
     ]
     with workers() as pool:
-        found = list(pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage, seed), pairs))
+        found = list(
+            pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage[pair[1]], seed), pairs)
+        )
     for name in {name for _, name in pairs}:
         updates[name].forget()
     outcomes = {mutant: Outcome(str(mutant), mutant) for mutant, _ in pairs}

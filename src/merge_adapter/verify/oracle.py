@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -183,6 +184,10 @@ class LowRank(Update):
     """Where several adapters add up: how many of the r columns of `left` are each one's, in their order."""
     scales: Tensor | None = None
     """(r,) fp64; None: `left` carries them already."""
+
+    def on_rounded_base(self, dtype: torch.dtype) -> Self:
+        """The same update on the base rounded to `dtype`: what is merged into a base that was loaded in it."""
+        return replace(self, base=self.base.to(dtype))
 
     def left_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of `left` times the scales, (rows, r)."""

@@ -16,7 +16,7 @@ from merge_adapter.verify.lazy import Fill, lazy_content, set_tensor, widen
 from merge_adapter.verify.mapped import is_paged
 from merge_adapter.verify.mutants import Mutant, faulty_rows
 from merge_adapter.verify.oracle import Replaced, Update, as_matrix
-from merge_adapter.verify.rounding import rounded
+from merge_adapter.verify.rounding import is_narrower, rounded
 from merge_adapter.verify.tensors import WeightsPart
 from merge_adapter.verify.weights import Agreement, Ties, blocks_of
 
@@ -45,18 +45,15 @@ def known_oracle(part: WeightsPart, held: Mapping[str, Tensor]) -> dict[str, Kno
     return {
         entry.name: Known(held[entry.name], entry.ties)
         for entry in part.tensors
-        if entry.kind != "kept"
-        and (
-            entry.agreement is Agreement.EXACT
-            or (entry.agreement is Agreement.ROUNDED and entry.ties is not None)
-        )
+        if entry.agreement is Agreement.EXACT
+        or (entry.agreement is Agreement.ROUNDED and entry.ties is not None)
     }
 
 
 def place_oracle(
     plain: nn.Module,
     expected: Expectations,
-    storage: torch.dtype,
+    storage: Mapping[str, torch.dtype],
     device: torch.device,
     how: Rounding,
     known: Mapping[str, Known],
@@ -69,12 +66,27 @@ def place_oracle(
         if name in known:
             tensor = lazy_content(update.shape, device, _known_rows(known[name]), known[name].merged)
         else:
-            tensor = lazy_content(update.shape, device, _rows(update, name, storage, how), update.base)
+            tensor = lazy_content(update.shape, device, _rows(update, name, storage[name], how), update.base)
         set_tensor(plain, name, tensor)
     # named one by one: tensors tied in the base part when the adapter changes only one of them
     for name, tensor in expected.plain.items():
-        set_tensor(plain, name, tensor)
+        set_tensor(plain, name, _kept(name, tensor, storage[name], device, known))
     widen(plain, device)
+
+
+def _kept(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, known: Mapping[str, Known]
+) -> Tensor:
+    """A tensor that the adapter leaves alone, rounded where the merged model is stored in a narrower dtype."""
+    if not (tensor.is_floating_point() and is_narrower(dtype, tensor.dtype)):
+        return tensor
+    if name in known:
+        return known[name].merged
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        out.copy_(as_matrix(tensor)[start:stop].to(dtype))
+
+    return lazy_content(tensor.shape, device, fill, tensor)
 
 
 def _known_rows(known: Known) -> Fill:

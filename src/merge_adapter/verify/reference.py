@@ -45,8 +45,8 @@ class Setting:
     """What all arms have in common."""
 
     kind: str
-    storage: torch.dtype
-    """In which the merged weights are stored."""
+    storage: Mapping[str, torch.dtype]
+    """In which the merged model holds each tensor that must change."""
     device: torch.device
     confidence: float
     seed: int

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from merge_adapter.errors import MalformedError
 from merge_adapter.types import Repository, Resolved
+from merge_adapter.verify.files import local_layout
+from merge_adapter.verify.storage import Checkpoint
 
 MODULES = "modules.json"
 
@@ -74,10 +76,12 @@ def _module(folder: Path, entry: dict[str, str]) -> Any:
     return found.load(str(folder), subfolder=path, local_files_only=True)
 
 
-def load_whole(folder: Path, *, dtype: torch.dtype, trust: bool) -> Any:
-    """The model in `folder` as its users load it: `SentenceTransformer(folder)`."""
+def load_whole(folder: Path, *, trust: bool) -> Any:
+    """The model in `folder` as its users load it: `SentenceTransformer(folder)`, in a dtype that loses nothing."""
     from sentence_transformers import SentenceTransformer
 
+    with Checkpoint(folder, local_layout(folder).files) as held:
+        dtype = held.widest_float
     model = SentenceTransformer(
         str(folder),
         device="cpu",

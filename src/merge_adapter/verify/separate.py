@@ -55,8 +55,6 @@ class Questions:
 
     folder: Path
     kind: str
-    dtype: torch.dtype
-    """In which its weights are stored and loaded; they compute in fp32."""
     device: str
     batch: Batch | None
     """What it reads; None to survey the tokenizer alone."""
@@ -135,7 +133,6 @@ def _job(questions: Questions) -> dict[str, Any]:
     return {
         "merged": str(questions.folder.resolve()),
         "kind": str(questions.kind),
-        "dtype": str(questions.dtype).removeprefix("torch."),
         "device": questions.device,
         "cuts": list(questions.batch.cuts) if questions.batch is not None else [],
         "classes": questions.batch.classes if questions.batch is not None else 1,

@@ -31,7 +31,6 @@ from merge_adapter.verify.loading import (
     kind_of,
     labels_of,
     load_base,
-    stored_dtype,
 )
 from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
 from merge_adapter.verify.oracle import Computed
@@ -40,7 +39,14 @@ from merge_adapter.verify.processors import judge_processors
 from merge_adapter.verify.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint, Layout
-from merge_adapter.verify.tensors import judge_held, key_set, named_tensors, weights_part, weights_section
+from merge_adapter.verify.tensors import (
+    judge_held,
+    key_set,
+    named_tensors,
+    stored_dtypes,
+    weights_part,
+    weights_section,
+)
 from merge_adapter.verify.weights import Agreement, TensorEvidence
 
 _ALTERNATIVE = "Leave the disk budget out: with the whole model on the disk the gate can judge it."
@@ -103,18 +109,13 @@ class ShardGate(Gate):
         if headers.layout is None:
             raise MalformedError(f"the planned weights cannot be read: {headers.findings[0]}")
         self._merged_layout = headers.layout
-        self.dtype = stored_dtype(self.held)
         trust = self.settings.trust_remote_code
         with self.progress.task("Opening base and adapter", None):
-            base = load_base(
-                self.base_folder, self.kind, self.files, dtype=self.dtype, trust_remote_code=trust
-            )
+            base = load_base(self.base_folder, self.kind, self.files, trust_remote_code=trust)
             self.adapted: Any = self._adapted(base)
         merged = self._load_merged(self.kind)
         if merged is None:
             raise BaseModelError(f"the merged model cannot be opened: {self.findings[-1]}", hint=_ALTERNATIVE)
-        with Checkpoint(self.merged, self._merged_layout.files) as own:
-            self.storage = stored_dtype(own)
         self._load_report(merged, base)
         self._config(merged, base, labels_of(self.files))
         self.findings += judge_provenance(self.sources)
@@ -218,7 +219,7 @@ class ShardGate(Gate):
         self._tensors += tensors
         self._judge_layers(expected, held, tensors)
         if not self.outcomes and expected.updates:
-            self.outcomes = run_mutants(expected, self.storage, self.settings.seed)
+            self.outcomes = run_mutants(expected, stored_dtypes(expected, held), self.settings.seed)
         layout = Layout(tuple(shards))
         place = next(iter(shards.values())).parent
         found += unloaded_tensors(place, layout, self.held, self._unloaded)
@@ -302,8 +303,7 @@ class ShardGate(Gate):
                 self._expected,
                 self.part.settled,
                 self.outcomes,
-                self.dtype,
-                self.storage,
+                stored_dtypes(self._expected, self._merged_tensors),
                 vocabulary(self.model),
             ),
             settings,

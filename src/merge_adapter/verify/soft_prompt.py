@@ -44,7 +44,6 @@ from merge_adapter.verify.loading import (
     load_base,
     load_model,
     read_json,
-    stored_dtype,
 )
 from merge_adapter.verify.mutants import judge_mutants
 from merge_adapter.verify.outputs import Arms, judge_outputs
@@ -99,12 +98,9 @@ class SoftPromptGate:
         }
         if headers.layout is None:
             return
-        dtype = stored_dtype(held)
-        with Checkpoint(self.merged, headers.layout.files) as own:
-            storage = stored_dtype(own)
         with self.progress.task("Loading base and merged model", None):
-            base = load_base(folder, Kind.CAUSAL, (), dtype=dtype, trust_remote_code=self._trust)
-            merged = self._load_merged(storage)
+            base = load_base(folder, Kind.CAUSAL, (), trust_remote_code=self._trust)
+            merged = self._load_merged()
         if merged is None:
             return
         file = read_adapter(self.sources.adapter)
@@ -117,13 +113,16 @@ class SoftPromptGate:
             return
         self._config(merged, base, front)
         self._weights(base.model, merged.model, prompt, front)
+        storage = (
+            merged.model.get_input_embeddings().weight.dtype
+        )  # the prompt's rows are stored with the others
         self._mutants(prompt, storage)
         del merged
         self._outputs(base.model, prompt, front, storage, stack)
 
-    def _load_merged(self, storage: torch.dtype) -> Loaded | None:
+    def _load_merged(self) -> Loaded | None:
         try:
-            merged = load_model(self.merged, Kind.CAUSAL, dtype=storage, trust_remote_code=self._trust)
+            merged = load_model(self.merged, Kind.CAUSAL, trust_remote_code=self._trust)
         except (BaseModelError, MalformedError, NotFoundError) as error:
             self.findings.append(fault("files", "", error.message))
             return None
@@ -215,7 +214,7 @@ class SoftPromptGate:
         begun = self._begun(texts.shown, tokenizer, base, front)
         arms = self._arms(base, prompt, front, storage, probes, begun)
         with self.progress.task("Running the merged model on its own", None):
-            merged = ask_merged(self._questions(probes, arms, front, storage))
+            merged = ask_merged(self._questions(probes, arms, front))
         if (unheard := merged.unheard()) is not None:
             self.findings.append(unheard)
             self.evidence["outputs"] = {"verdict": str(verdict([unheard]))}
@@ -301,13 +300,10 @@ class SoftPromptGate:
     def _ask(self, model: Fronted, batch: Batch) -> Tensor:
         return torch.cat([answer(model, Kind.CAUSAL, piece, self.device) for piece in batch.parts()])
 
-    def _questions(
-        self, probes: Probes, arms: Arms, front: tuple[int, ...], storage: torch.dtype
-    ) -> Questions:
+    def _questions(self, probes: Probes, arms: Arms, front: tuple[int, ...]) -> Questions:
         return Questions(
             folder=self.merged,
             kind=Kind.CAUSAL,
-            dtype=storage,
             device=str(self.device),
             batch=probes.batch,
             greedy=arms.greedy[:2] if arms.greedy is not None else None,

@@ -167,6 +167,14 @@ class Checkpoint:
         found = (stored.torch_dtype for stored in self.tensors.values())
         return frozenset(dtype for dtype in found if dtype is not None and dtype.is_floating_point)
 
+    @property
+    def widest_float(self) -> torch.dtype:
+        """The dtype that holds every floating-point tensor without loss: the one in use, or the widest of several."""
+        found = self.float_dtypes
+        if len(found) == 1:
+            return next(iter(found))
+        return torch.float64 if torch.float64 in found else torch.float32
+
     def close(self) -> None:
         """Let go of the files."""
         self._open.clear()

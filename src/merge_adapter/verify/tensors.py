@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
 from merge_adapter.verify.mapped import release
-from merge_adapter.verify.oracle import Replaced, Update, as_matrix
+from merge_adapter.verify.oracle import LowRank, Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
+from merge_adapter.verify.rounding import is_narrower
 from merge_adapter.verify.screen import SCREENED
 from merge_adapter.verify.threads import workers
 from merge_adapter.verify.weights import Agreement, TensorEvidence, judge_kept, judge_update
@@ -73,6 +74,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def stored_dtypes(expected: Expectations, held: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The dtype in which the merged model holds each tensor; the base's for one that it lacks."""
+    bases = expected.plain | {name: update.base for name, update in expected.updates.items()}
+    return {name: held.get(name, base).dtype for name, base in bases.items()}
+
+
 def judge_tensors(
     expected: Expectations, merged: nn.Module, sources: Resolved, progress: Progress
 ) -> WeightsPart:
@@ -102,7 +109,14 @@ def judge_held(
             elif judged is not None:
                 tensors.append(judged)
             task.advance(tensor.numel() * tensor.element_size())
-    findings += [_as_finding(entry) for entry in tensors if entry.agreement is Agreement.WRONG]
+    for entry in tensors:
+        if entry.agreement is Agreement.WRONG:
+            findings.append(_as_finding(entry))
+        elif entry.agreement is Agreement.BASE_CAST_FIRST:
+            # whatever else is asked of this tensor, injected faults too, is asked of a merge of this kind
+            update = expected.updates[entry.name]
+            assert isinstance(update, LowRank)
+            expected.updates[entry.name] = update.on_rounded_base(held[entry.name].dtype)
     return tensors, findings
 
 
@@ -139,6 +153,10 @@ def _judge(
             )
         if evidence.agreement is not Agreement.WRONG:
             return evidence
+        if isinstance(update, LowRank) and is_narrower(tensor.dtype, base.dtype):
+            again = judge_update(name, tensor, update.on_rounded_base(tensor.dtype))
+            if again.agreement is not Agreement.WRONG:
+                return replace(again, agreement=Agreement.BASE_CAST_FIRST)
         return explain(
             evidence, tensor, update, base, clues(sources, name), lookup.alike(tuple(tensor.shape))
         )
@@ -197,6 +215,13 @@ def _remarks(tensors: Sequence[TensorEvidence]) -> Iterator[Finding]:
     cast = [entry for entry in tensors if entry.agreement is Agreement.CAST_FIRST]
     if cast:
         text = f"the update was rounded to 16 bit before it was added in {len(cast)} tensors: a rounding, not an error"
+        yield note("weights", "", text)
+    based = [entry for entry in tensors if entry.agreement is Agreement.BASE_CAST_FIRST]
+    if based:
+        text = (
+            f"the base was rounded to {based[0].dtype} before the update was added in {len(based)} tensors, as PEFT "
+            "does on a base that is loaded in it: a rounding, not an error"
+        )
         yield note("weights", "", text)
     touched = [entry for entry in tensors if entry.kind != "kept"]
     if not touched:

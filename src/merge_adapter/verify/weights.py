@@ -47,6 +47,8 @@ class Agreement(StrEnum):
     """Within the tolerance of the dtype."""
     CAST_FIRST = "update cast first"
     """Within the named allowance for an update rounded to 16 bit before it was added."""
+    BASE_CAST_FIRST = "base cast first"
+    """Within these on a wider base that was rounded to the stored dtype before."""
     WRONG = "wrong"
 
 
