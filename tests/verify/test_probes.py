@@ -35,6 +35,22 @@ def test_a_user_s_file_is_read_line_by_line(tmp_path: Path) -> None:
     assert from_file(lines)[1] == Probe("own.jsonl:2", messages=({"role": "user", "content": "b"},))
 
 
+@pytest.mark.parametrize(("name", "content"), [("own.txt", "a\n"), ("own.jsonl", '{"text": "a"}\n')])
+def test_a_file_may_begin_with_a_mark(name: str, content: str, tmp_path: Path) -> None:
+    """Some editors write a byte order mark: it is no part of the first document."""
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8-sig")
+    assert [probe.text for probe in from_file(path)] == ["a"]
+
+
+def test_a_json_document_is_no_text(tmp_path: Path) -> None:
+    """An array would be read as one strange document."""
+    path = tmp_path / "own.json"
+    path.write_text('[{"text": "a"}]')
+    with pytest.raises(MalformedError, match=r"own\.json, line 1 holds neither"):
+        from_file(path)
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": 3}', "[", '{"messages": []}'])
 def test_a_file_without_probes_is_refused(tmp_path: Path, content: str) -> None:
     """With the line where there is one."""

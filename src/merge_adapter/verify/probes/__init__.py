@@ -56,12 +56,12 @@ def from_file(path: Path) -> tuple[Probe, ...]:
     Raises NotFoundError or MalformedError, with the line.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError as error:
         raise NotFoundError(f"no such file of probes: {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise MalformedError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
         found = []
         for number, line in enumerate(content.splitlines(), 1):
             if line.strip():
