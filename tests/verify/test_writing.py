@@ -12,7 +12,10 @@ import torch
 from merge_adapter.types import Verdict
 from merge_adapter.verify import VerifySettings
 from merge_adapter.verify.answers import Batch, continued, greedy, taught
+from merge_adapter.verify.greedy import judge_written
 from merge_adapter.verify.loading import Kind, load_model
+from merge_adapter.verify.reading import Written
+from merge_adapter.verify.separate import Merged
 
 CPU = torch.device("cpu")
 
@@ -77,3 +80,24 @@ def test_text_fits_a_model_with_few_positions(
     greedy = result.evidence["greedy"]
     assert greedy["tokens"] == (positions - 2) // 2
     assert greedy["equal"] == greedy["of"] == 4
+
+
+@pytest.mark.parametrize(("parts", "equal", "tokens"), [(5, 1, 4), (3, 0, 3), (1, 0, 1), (None, 1, 4)])
+def test_what_comes_after_the_end_of_text_is_not_compared(
+    parts: int | None, equal: int, tokens: int, lm_base: Path, prompts: Batch
+) -> None:
+    """A person sees the text up to there: texts that look the same are the same, and no warning says otherwise."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(lm_base)
+    text = torch.tensor([[30, 31, 32, tokenizer.eos_token_id, 33, 34, 35, 36]])
+    choices = text.clone()
+    if parts is not None:
+        choices[0, parts:] += 7
+    own = Merged(choices=choices, written=choices)
+    findings, found = judge_written(Written(prompts.part(0, 1), text, torch.ones(1, 8)), 0.1, own, tokenizer)
+    assert found["equal"] == equal
+    [row] = found["texts"]
+    assert row["equal_tokens"] == tokens
+    assert (row["reference"] == row["merged"]) is bool(equal)
+    assert len(findings) == ("gap" in row) == 1 - equal

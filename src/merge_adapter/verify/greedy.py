@@ -31,20 +31,23 @@ def judge_written(
 
     Where the merged model chooses another token, the reference's logits of its first and second choice are compared
     with the `largest_change` of any logit that the once-rounded oracle showed on the probes: less than twice that is a
-    coin's toss.
+    coin's toss. What would come after the reference's end of text is not compared.
     """
     assert merged.choices is not None
     continuation, noise = reference.text, 2 * largest_change
     written = merged.written if merged.written is not None else continuation
     rows: list[dict[str, Any]] = []
     findings: list[Finding] = []
+    equal = 0
     for at in range(len(reference.prompts)):
-        differs = (merged.choices[at] != continuation[at]).nonzero().flatten().tolist()
+        length = _length(tokenizer, continuation[at].tolist())
+        differs = (merged.choices[at, :length] != continuation[at, :length]).nonzero().flatten().tolist()
+        equal += not differs
         row: dict[str, Any] = {
             "prompt": shown[at] if shown else _text(tokenizer, reference.prompts.ids[at]),
             "reference": _text(tokenizer, continuation[at]),
             "merged": _text(tokenizer, written[at]),
-            "equal_tokens": differs[0] if differs else int(continuation.shape[1]),
+            "equal_tokens": differs[0] if differs else length,
         }
         if reference.base is not None:
             row["base"] = _text(tokenizer, reference.base[at])
@@ -58,7 +61,6 @@ def judge_written(
                 )
                 findings.append(warning("greedy", f"continuation {at + 1}", text))
         rows.append(row)
-    equal = sum(row["equal_tokens"] == int(continuation.shape[1]) for row in rows)
     return findings, {"tokens": int(continuation.shape[1]), "equal": equal, "of": len(rows), "texts": rows}
 
 
@@ -67,7 +69,10 @@ def _text(tokenizer: Any, ids: Any) -> str:
     numbers = list(map(int, ids))
     if tokenizer is None:
         return " ".join(map(str, numbers))
-    end = tokenizer.eos_token_id
-    if end in numbers[1:]:
-        numbers = numbers[: numbers.index(end, 1)]
-    return str(tokenizer.decode(numbers, skip_special_tokens=True))
+    return str(tokenizer.decode(numbers[: _length(tokenizer, numbers)], skip_special_tokens=True))
+
+
+def _length(tokenizer: Any, ids: list[int]) -> int:
+    """Up to the first end of text, which may also be what some decoders begin with."""
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    return ids.index(end, 1) + 1 if end in ids[1:] else len(ids)
