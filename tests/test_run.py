@@ -297,3 +297,14 @@ def test_a_hub_that_does_not_answer_is_exit_5(tmp_path: Path, lm_adapter: Path) 
     )
     assert finished.returncode == ExitCode.REMOTE, finished.stderr
     assert "127.0.0.1:9" in finished.stderr
+
+
+def test_a_folder_that_the_merged_repository_does_not_have(
+    place: Place, lm_base: Path, lm_adapter: Path
+) -> None:
+    """The name is wrong, and said: nothing there could be judged."""
+    merged = place.push(lm_base, "subfolders")
+    found = place.run("verify", merged, "--merged-subfolder", "nope", "--adapter", lm_adapter)
+    assert found.returncode == ExitCode.INPUT
+    assert "there are no files in" in found.stderr
+    assert "--merged-subfolder" in found.stderr

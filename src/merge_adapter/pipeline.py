@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.domain import with_domain
-from merge_adapter.errors import InputError, StorageError
+from merge_adapter.errors import InputError, NotFoundError, StorageError
 from merge_adapter.paperwork import Work, write_reports
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.report import document
@@ -127,6 +127,11 @@ def verify_merged(
     from merge_adapter.verify import verify
 
     candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
+    if not candidate.files:
+        raise NotFoundError(
+            f"there are no files in {candidate.origin}",
+            hint="Check the name, its revision, and --merged-subfolder where you gave one.",
+        )
     sources = resolve(source, hub=hub, quantized_base=quantized_base)
     gate = with_domain(gate, sources, hub=hub, progress=progress)
     folder = candidate.folder(candidate.files)
