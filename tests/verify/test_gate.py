@@ -136,7 +136,7 @@ def test_a_tokenizer_that_does_not_load_leaves_the_verdict_open(workpiece: Calla
     result = replace(piece.good, sources=sources).judge(piece.folder, **HERE)
     assert result.verdict is Verdict.INCONCLUSIVE, result.reasons
     assert result.evidence["tokenizer"]["verdict"] == "inconclusive"
-    assert any("cannot be loaded, so nothing was compared" in reason for reason in result.reasons)
+    assert any("cannot be used, so nothing was compared" in reason for reason in result.reasons)
 
 
 def test_a_base_without_a_tokenizer_is_probed_with_token_ids(good: Callable[[str], Any]) -> None:
@@ -213,3 +213,51 @@ def test_numbers_that_are_none_make_a_report(
     settings = VerifySettings(probe_tokens=64, isolated=False, greedy_tokens=4)
     result = reported(merged, sources, settings)
     assert result.verdict is Verdict.FAIL, result.reasons
+
+
+def test_a_source_s_tokenizer_that_cannot_read_is_told(
+    tmp_path: Path, good: Callable[[str], Any], sources_of: Callable[..., Any], reported: Callable[..., Any]
+) -> None:
+    """It loads, and fails on the first text: random ids are asked instead, and nothing is known of the merged one."""
+    right = good("lm-bf16")
+    adapter = Path(shutil.copytree(right.sources.adapter.repository.origin.folder, tmp_path / "adapter"))
+    config = json.loads((adapter / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
+    sources = sources_of(adapter, right.sources.base.repository.origin.folder)
+    result = reported(right.merged, sources, VerifySettings(**HERE))
+    assert result.verdict is Verdict.INCONCLUSIVE, result.reasons
+    assert result.evidence["probes"]["source"] == "random token ids"
+    assert any("the tokenizer of adapter or base cannot be used" in reason for reason in result.reasons)
+
+
+def test_where_generated_text_ends_is_pointed_out(workpiece: Callable[[str], Any]) -> None:
+    """No weight tells, and a chat model that never ends is no use; that it was meant is possible."""
+    piece = workpiece("lm-bf16")
+    assert not any("generation" in reason for reason in piece.good.judge(piece.folder).reasons)
+    piece.config("generation_config.json", eos_token_id=7)
+    found = piece.good.judge(piece.folder).reasons
+    assert "warning: generation, eos_token_id: is 7, the base has 2" in found
+
+
+def test_other_names_of_labels_are_pointed_out(workpiece: Callable[[str], Any]) -> None:
+    """Adapters record none, so that somebody may have put them right."""
+    piece = workpiece("cls-bf16")
+    piece.config(id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    result = piece.good.judge(piece.folder)
+    assert result.verdict is Verdict.INCONCLUSIVE  # the outputs were not asked for
+    assert "warning: id2label: 0 is 'no', the base has 'LABEL_0'" in result.reasons
+
+
+def test_a_base_whose_config_states_a_narrower_dtype_is_no_fault(
+    tmp_path: Path, good: Callable[[str], Any], sources_of: Callable[..., Any]
+) -> None:
+    """fp32 files, and a config that says bf16: the merged model is as its base is, unless fp32 was asked for."""
+    right = good("lm-fp32")
+    folders = [right.sources.base.repository.origin.folder, right.merged]
+    base, merged = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders)
+    for folder in (base, merged):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    right = right.with_sources(merged, base=base)
+    assert right.judge().verdict is Verdict.INCONCLUSIVE
+    assert right.judge(dtype="float32").verdict is Verdict.FAIL

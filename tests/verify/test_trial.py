@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from merge_adapter.types import Verdict
+from merge_adapter.verify.probes import shipped
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,17 @@ def stale_weights(piece: Any) -> None:
     torch.save(piece.base, piece.folder / "pytorch_model.bin")
 
 
+def stale_index(piece: Any) -> None:
+    """A base in shards, merged into one file: some loaders go by the index."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(piece.base, "model-00001-of-00002.safetensors")}
+    write_index(piece, index)
+
+
+def other_prompts(piece: Any) -> None:
+    """Each text would be put behind one that the adapter was not trained with."""
+    piece.config("config_sentence_transformers.json", prompts={"q": "find: "}, default_prompt_name="q")
+
+
 def narrowed(piece: Any) -> None:
     tensors = piece.tensors
     narrow = torch.float16 if next(iter(tensors.values())).dtype == torch.float32 else torch.float8_e4m3fn
@@ -217,6 +229,28 @@ def swapped_tokens(piece: Any) -> None:
     left, right = ("Ġt", "Ġs") if "Ġt" in vocabulary else ("the", "of")
     vocabulary[left], vocabulary[right] = vocabulary[right], vocabulary[left]
     path.write_text(json.dumps(document))
+
+
+def rare_tokens_swapped(piece: Any) -> None:
+    """Two that no probe holds."""
+    path = piece.folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    vocabulary = document["model"]["vocab"]
+    read = "\n".join(probe.plain() for probe in shipped()).lower()
+    rare = [token for token in vocabulary if len(token) > 4 and token.strip("Ġ#").lower() not in read]
+    left, right = rare[-1], rare[-2]
+    vocabulary[left], vocabulary[right] = vocabulary[right], vocabulary[left]
+    path.write_text(json.dumps(document))
+
+
+def labels_swapped(piece: Any) -> None:
+    piece.config(id2label={"0": "LABEL_1", "1": "LABEL_0"}, label2id={"LABEL_1": 0, "LABEL_0": 1})
+
+
+def config_narrower(piece: Any) -> None:
+    """The weights as they were, and a config by which transformers would load them in fewer bits."""
+    wide = next(iter(piece.tensors.values())).dtype == torch.float32
+    piece.config(dtype="bfloat16" if wide else "float16")
 
 
 def other_pad(piece: Any) -> None:
@@ -306,6 +340,7 @@ CORRUPTIONS = (
     Corruption("index leaves a tensor out", index_leaves_out, "not in the index"),
     Corruption("adapter left in the folder", stale_adapter, "second time"),
     Corruption("stale weights beside", stale_weights, "beside those the model loads"),
+    Corruption("stale index beside", stale_index, "beside those the model loads"),
     Corruption("dtype narrowed", narrowed, "stored as|cannot"),
     Corruption("vocabulary cut", vocabulary_cut, "has shape|does not have the shape"),
     Corruption("activation changed", lambda p: p.config(hidden_act="relu"), "hidden_act: is 'relu'"),
@@ -327,8 +362,11 @@ CORRUPTIONS = (
         ("lm", "cls"),
     ),
     Corruption("tie dropped", untied, "lm_head.weight: is missing", ("lm",)),
-    Corruption("no tokenizer", no_tokenizer, "tokenizer cannot be loaded|encodes"),
+    Corruption("no tokenizer", no_tokenizer, "tokenizer cannot be used|encodes"),
     Corruption("two tokens swapped", swapped_tokens, "encodes .* probes differently"),
+    Corruption(
+        "two rare tokens swapped", rare_tokens_swapped, r"^vocabulary: .* has the id \d+, expected \d+"
+    ),
     Corruption("end token changed", other_pad, "eos_token", ("lm",)),
     Corruption("template missing", no_template, "chat template: is missing", ("lm",)),
     Corruption("template changed", changed_template, "renders .* conversations differently", ("lm",)),
@@ -344,6 +382,9 @@ CORRUPTIONS = (
         "modules.json: is missing",
         ("emb",),
     ),
+    Corruption("labels swapped", labels_swapped, "id2label: the labels have changed places", ("cls",)),
+    Corruption("config states a narrower dtype", config_narrower, r"^dtype: is \w+, the files hold"),
+    Corruption("prompts changed", other_prompts, "prompts is .*, adapter and base have", ("emb",)),
     Corruption(
         "labels miscounted",
         lambda p: p.config(id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2}),

@@ -105,9 +105,13 @@ def _strays(folder: Path, found: Layout) -> Iterable[Finding]:
         if path.name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
             text = "left in the merged folder: transformers would load the adapter a second time"
             yield fault("files", path.name, text)
-        elif path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
+        elif path.name.endswith((".safetensors", ".safetensors.index.json")) or path.name.startswith(
+            "pytorch_model"
+        ):
             yield fault(
-                "files", path.name, "holds weights beside those the model loads: unmerged or stale ones"
+                "files",
+                path.name,
+                "holds or names weights beside those the model loads: unmerged or stale ones",
             )
 
 

@@ -19,7 +19,7 @@ from merge_adapter.errors import BaseModelError, MalformedError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.adapters import AdapterFile, fitted, names_read, read_adapter, saved_twice
 from merge_adapter.verify.batches import vocabulary
-from merge_adapter.verify.configs import judge_configs
+from merge_adapter.verify.configs import judge_configs, judge_generation
 from merge_adapter.verify.expectations import Expectations, expectations
 from merge_adapter.verify.files import judge_files, local_layout, unloaded_tensors
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict
@@ -43,7 +43,7 @@ from merge_adapter.verify.process import OwnProcess
 from merge_adapter.verify.processors import judge_processors
 from merge_adapter.verify.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.quantized import dequantized_folder, stated
-from merge_adapter.verify.sentences import MODULES, source_of
+from merge_adapter.verify.sentences import judge_modules
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.storage import Checkpoint, Layout
 from merge_adapter.verify.tensors import (
@@ -141,10 +141,8 @@ class Gate:
             "dtypes": list(headers.dtypes),
         }
         self._note_time("files", started)
-        pooling = source_of(self.sources)
-        if kind is Kind.EMBEDDING and pooling is not None and not (self.merged / MODULES).is_file():
-            text = "is missing: sentence-transformers would pool in another way than adapter and base do"
-            self.findings.append(fault("files", MODULES, text))
+        if kind is Kind.EMBEDDING:
+            self.findings += judge_modules(self.merged, self.sources)
         return headers.layout
 
     def _load(
@@ -235,10 +233,12 @@ class Gate:
         self.findings += judge_configs(
             raw,
             self.sources.base.config,
-            merged_config=merged.model.config,
-            base_config=base.model.config,
+            merged_model=merged.model,
+            base_model=base.model,
             labels=labels,
+            asked=self.settings.dtype,
         )
+        self.findings += judge_generation(merged.model, base.model)
 
     def _weights(self, expected: Expectations, model: Any) -> WeightsPart:
         part = judge_tensors(expected, model, self.sources, self.progress)

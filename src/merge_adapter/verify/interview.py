@@ -101,7 +101,7 @@ class Interview:
             chosen = texts_of(self.settings)
             texts = chosen.asked
             source = tokenizer_folder(self.subject.sources, stack)
-            tokenizer = load_tokenizer(source, trust=self._trust)
+            tokenizer = load_tokenizer(source, (probe.plain() for probe in texts), trust=self._trust)
             probes = self._probes(texts, tokenizer) if self.settings.outputs else None
             tail = self._tail()
             begun = self._begun(chosen.shown, tokenizer, probes) if probes is not None else None

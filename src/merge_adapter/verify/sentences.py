@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from merge_adapter.errors import MalformedError
 from merge_adapter.types import Repository, Resolved
 from merge_adapter.verify.files import local_layout
+from merge_adapter.verify.findings import Finding, fault
 from merge_adapter.verify.storage import Checkpoint
 
 MODULES = "modules.json"
@@ -37,6 +38,60 @@ def source_of(sources: Resolved) -> Repository | None:
         if MODULES in repository.files:
             return repository
     return None
+
+
+_EITHER = object()
+"""Of a field that newer versions keep elsewhere: it is compared where both files state it."""
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "config_sentence_transformers.json": {
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+    "sentence_bert_config.json": {"max_seq_length": _EITHER, "do_lower_case": _EITHER},
+}
+"""What changes embeddings or how they are compared, with what its absence means."""
+
+
+def judge_modules(merged: Path, sources: Resolved) -> Iterator[Finding]:
+    """What sentence-transformers reads beside the weights and the pooling, which the embeddings themselves show."""
+    source = source_of(sources)
+    if source is None:
+        return
+    if not (merged / MODULES).is_file():
+        text = "is missing: sentence-transformers would pool in another way than adapter and base do"
+        yield fault("files", MODULES, text)
+    for name, fields in _FIELDS.items():
+        left, right = _object(merged, name), _stated(source, name)
+        for field, default in fields.items():
+            got, wanted = (_told(found.get(field, default)) for found in (left, right))
+            if got != wanted and (default is not _EITHER or (field in left and field in right)):
+                yield fault("config", name, f"{field} is {got!r}, adapter and base have {wanted!r}")
+
+
+def _told(value: Any) -> Any:
+    """A prompt that is empty is none."""
+    return {key: one for key, one in value.items() if one} if isinstance(value, dict) else value
+
+
+def _stated(repository: Repository, name: str) -> dict[str, Any]:
+    return _parsed(repository.read(name)) if name in repository.files else {}
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    return _parsed((folder / name).read_bytes()) if (folder / name).is_file() else {}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Fields that have a value; none of a file that cannot be read."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    return {key: value for key, value in document.items() if value is not None}
 
 
 def tail_of(repository: Repository) -> Tail:

@@ -162,9 +162,10 @@ class SoftPromptGate:
         self.findings += judge_configs(
             config,
             self.sources.base.config,
-            merged_config=merged.model.config,
-            base_config=base.model.config,
+            merged_model=merged.model,
+            base_model=base.model,
             labels=None,
+            asked=self.settings.dtype,
         )
         try:
             suppressed = json.loads((self.merged / "generation_config.json").read_text())["suppress_tokens"]

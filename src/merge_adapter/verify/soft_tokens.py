@@ -12,7 +12,7 @@ def judge_tokens(plain: Mapping[str, Any], found: Mapping[str, Any], count: int)
     """Two surveys: `found` must give `count` new tokens and then what `plain` gives, for every text."""
     for name, surveyed in (("adapter or base", plain), ("merged repository", found)):
         if "error" in surveyed:
-            yield fault("tokenizer", "", f"that of the {name} cannot be loaded: {surveyed['error']}")
+            yield fault("tokenizer", "", f"that of the {name} cannot be used: {surveyed['error']}")
             return
     front = found["encoded"][0][:count]
     if len(set(front)) != count or set(front) & {number for ids in plain["encoded"] for number in ids}:

@@ -22,18 +22,23 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cl
 def survey(
     folder: Path, texts: Sequence[str], conversations: Sequence[Any], *, trust: bool
 ) -> dict[str, Any]:
-    """What the tokenizer in `folder` does to the probes; `{"error": …}` when it cannot be loaded. JSON-ready."""
+    """What the tokenizer in `folder` does to the probes; `{"error": …}` when it cannot be used. JSON-ready."""
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust, local_files_only=True
         )
+        return _survey(tokenizer, texts, conversations)
     except Exception as error:  # noqa: BLE001 - tokenizers fail in every way there is; all of them mean "not there"
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _survey(tokenizer: Any, texts: Sequence[str], conversations: Sequence[Any]) -> dict[str, Any]:
     encoded = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
     return {
         "size": len(tokenizer),
+        "vocabulary": {str(token): int(number) for token, number in tokenizer.get_vocab().items()},
         "special": {name: _text(getattr(tokenizer, name, None)) for name in _SPECIAL},
         "special_ids": sorted(map(int, tokenizer.all_special_ids)),
         "max_length": _length(tokenizer.model_max_length),
@@ -71,13 +76,13 @@ def judge_tokenizer(
     part = "tokenizer"
     if "error" in expected:
         said = (
-            f"the tokenizer of adapter or base cannot be loaded, so nothing was compared: {expected['error']}"
+            f"the tokenizer of adapter or base cannot be used, so nothing was compared: {expected['error']}"
         )
         yield undecided(part, "", f"{said}; mend its files, or install what it needs")
         return
     if "error" in merged or not merged:
         text = merged.get("error", "it was not surveyed")
-        yield fault(part, "", f"the merged repository's tokenizer cannot be loaded: {text}")
+        yield fault(part, "", f"the merged repository's tokenizer cannot be used: {text}")
         return
     pairs = list(zip(merged["encoded"], expected["encoded"], strict=True))
     differing = sum(left != right for left, right in pairs)
@@ -91,15 +96,33 @@ def judge_tokenizer(
             yield fault(part, name, text)
     if merged["size"] != expected["size"]:
         yield fault(part, "", f"has {merged['size']:,} tokens, expected {expected['size']:,}")
+    yield from _vocabulary(merged["vocabulary"], expected["vocabulary"])
     yield from _template(merged, expected)
     highest = max((max(ids) for ids in merged["encoded"] if ids), default=0)
     if embeddings is not None and highest >= embeddings:
         yield fault(part, "", f"gives token id {highest:,}, the model has {embeddings:,} embeddings")
     elif embeddings is not None and merged["size"] > embeddings:
         yield warning(part, "", f"names {merged['size']:,} tokens, the model has {embeddings:,} embeddings")
+    if merged["special_ids"] != expected["special_ids"]:
+        text = f"are the ids {_some(merged['special_ids'])}, expected {_some(expected['special_ids'])}"
+        yield warning(part, "special tokens", text)
     for name in ("max_length", "padding_side"):
         if merged[name] != expected[name]:
             yield warning(part, name, f"is {merged[name]!r}, expected {expected[name]!r}")
+
+
+def _vocabulary(merged: Mapping[str, int], expected: Mapping[str, int]) -> Iterable[Finding]:
+    """Every token, those that no probe holds too."""
+    moved = [token for token in expected if merged.get(token) != expected[token]]
+    if moved:
+        token = min(moved, key=lambda one: expected[one])
+        text = f"{token!r} has the id {merged.get(token)}, expected {expected[token]} ({len(moved):,} such)"
+        yield fault("tokenizer", "vocabulary", text)
+
+
+def _some(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:8]))
+    return f"{shown}, … ({len(ids)})" if len(ids) > 8 else shown or "none"
 
 
 def _template(merged: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterable[Finding]:
@@ -155,15 +178,19 @@ def _is_tokenizer_file(name: str) -> bool:
     return "/" not in name and not name.startswith((".", "adapter_")) and not name.endswith(heavy)
 
 
-def load_tokenizer(folder: Path | None, *, trust: bool) -> Any:
-    """The tokenizer in `folder`; None when there is none, or when it cannot be loaded, which the survey reports."""
+def load_tokenizer(folder: Path | None, texts: Iterable[str] = (), *, trust: bool) -> Any:
+    """The tokenizer in `folder`; None when there is none, or when it cannot be loaded or read `texts`, which the survey
+    reports."""
     if folder is None:
         return None
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust, local_files_only=True
         )
+        for text in texts:
+            tokenizer(text)
     except Exception:  # noqa: BLE001 - tokenizers fail in every way there is
         return None
+    return tokenizer
