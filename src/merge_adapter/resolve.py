@@ -16,7 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.checkpoint.folder import Folder, folder_at
 from merge_adapter.checkpoint.lifted import lifted
-from merge_adapter.errors import BaseModelError, InputError, MalformedError, NotFoundError, PolicyError
+from merge_adapter.checkpoint.sentence import (
+    MODULES,
+    is_transformer_alone,
+    listed_modules,
+    trained_task,
+    transformer_folder,
+)
+from merge_adapter.errors import (
+    BaseModelError,
+    InputError,
+    MalformedError,
+    MethodError,
+    NotFoundError,
+    PolicyError,
+)
 from merge_adapter.methods.combine import check_combination
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.originals import settle_base
@@ -225,16 +239,35 @@ def _open_adapter(text: str, weight: float, request: SourceRequest, hub: Hub, no
     if not request.local_paths and isinstance(parse_reference(text, what="adapter").place, Path):
         raise PolicyError(f"the adapter {text} is a folder; only repositories of the Hub are accepted here")
     repository = open_reference(text, what="adapter", hub=hub, subfolder=subfolder or request.subfolder)
-    if ADAPTER_CONFIG not in repository.files:
+    if (whole := _sentence_transformer(text, repository, hub)) is not None:
+        repository = whole
+        notes.append(
+            "The adapter is that of a sentence-transformers model, in the folder of its transformer."
+        )
+    elif ADAPTER_CONFIG not in repository.files:
         repository = _only_adapter_below(text, repository, hub, notes)
     config = read_json(repository, ADAPTER_CONFIG)
     method = config.get("peft_type")
+    if not config.get("task_type") and not config.get("auto_mapping") and (task := trained_task(repository)):
+        config = {**config, "task_type": task}
     return Adapter(
         repository=repository,
         config=config,
         method=method.upper() if isinstance(method, str) else "",
         weight=weight,
     )
+
+
+def _sentence_transformer(text: str, repository: Repository, hub: Hub) -> Repository | None:
+    """The whole of the model to whose one transformer, in a folder of its own, the adapter belongs; else None.
+
+    `repository` may be that model, or that folder alone.
+    """
+    if not is_transformer_alone(repository):
+        return lifted(repository, ADAPTER_CONFIG)
+    above, _, folder = repository.origin.subfolder.rpartition("/")
+    whole = open_reference(text, what="adapter", hub=hub, subfolder=above)
+    return lifted(whole, ADAPTER_CONFIG) if transformer_folder(whole) == folder else None
 
 
 def _only_adapter_below(text: str, repository: Repository, hub: Hub, notes: list[str]) -> Repository:
@@ -249,6 +282,13 @@ def _only_adapter_below(text: str, repository: Repository, hub: Hub, notes: list
         raise NotFoundError(
             f"{repository.origin} holds {kind}: there is no {ADAPTER_CONFIG}",
             hint="Name the repository or folder that PEFT's save_pretrained wrote.",
+        )
+    of_modules = MODULES in repository.files and MODEL_CONFIG not in repository.files
+    if of_modules and f"{folders[0]}/{MODULES}" not in repository.files:
+        raise MethodError(
+            f"{repository.origin} is a model of sentence-transformers in several parts, and the adapter in {folders[0]}"
+            " belongs to one of them: the merged model would lack the others",
+            hint=f"Merge that part alone, and put it back into its place: --subfolder {quote(folders[0])}",
         )
     if len(folders) > 1:
         shown = ", ".join(folders[:8]) + (", …" if len(folders) > 8 else "")
@@ -283,7 +323,7 @@ def _open_base(
 
 
 def _base_of(repository: Repository, notes: list[str]) -> BaseModel:
-    if MODEL_CONFIG not in repository.files and (whole := lifted(repository)) is not None:
+    if MODEL_CONFIG not in repository.files and (whole := lifted(repository, MODEL_CONFIG)) is not None:
         notes.append(
             "The base is laid out as old versions of sentence-transformers did, its transformer in a folder of its own;"
             " the merged model has it at the root, where newer ones and transformers look."
@@ -294,6 +334,12 @@ def _base_of(repository: Repository, notes: list[str]) -> BaseModel:
             raise BaseModelError(
                 f"the base model {repository.origin} is itself an adapter",
                 hint="Merge that one first (merge-adapter merge BASE --output DIR), then: --base-model DIR",
+            )
+        if listed_modules(repository) and transformer_folder(repository) is None:
+            raise BaseModelError(
+                f"the base model {repository.origin} is a model of sentence-transformers, and {MODULES} names no single"
+                " transformer of it",
+                hint="Name the folder of the transformer that the adapter belongs to: --base-model DIR",
             )
         raise NotFoundError(
             f"the base model {repository.origin} has no {MODEL_CONFIG}",

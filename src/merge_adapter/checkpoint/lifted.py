@@ -12,15 +12,10 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from merge_adapter.checkpoint.sentence import MODULES, listed_modules, transformer_folder
 from merge_adapter.errors import NotFoundError
 from merge_adapter.types import Origin, Repository
-
-MODULES = "modules.json"
-_CONFIG = "config.json"
-_LIMIT = 1 << 20
-"""Bytes of a modules.json read at most; they have a few hundred."""
 
 
 class Lifted(Repository):
@@ -80,21 +75,16 @@ class Lifted(Repository):
         return self._paths[path]
 
 
-def lifted(repository: Repository) -> Lifted | None:
-    """The repository with its transformer at the root; None unless modules.json names the one folder that has it."""
-    size = repository.files.get(MODULES)
-    if size is None or size > _LIMIT or _CONFIG in repository.files:
+def lifted(repository: Repository, config: str) -> Lifted | None:
+    """The repository with its transformer at the root; None unless modules.json names the one folder that has it.
+
+    `config` is the file that a transformer has: config.json, or adapter_config.json where an adapter was saved for it.
+    """
+    folder = transformer_folder(repository)
+    if config in repository.files or not folder or f"{folder}/{config}" not in repository.files:
         return None
-    try:
-        listed: Any = json.loads(repository.read(MODULES))
-    except (ValueError, RecursionError):
-        return None
-    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    found = [entry for entry in entries if str(entry.get("type", "")).rpartition(".")[2] == "Transformer"]
-    if len(found) != 1 or not isinstance(found[0].get("path"), str):
-        return None
-    folder = found[0]["path"].strip("/")
-    if not folder or f"{folder}/{_CONFIG}" not in repository.files:
-        return None
-    modules = [{**entry, "path": ""} if entry is found[0] else entry for entry in listed]
+    modules = [
+        {**entry, "path": ""} if str(entry.get("path")).strip("/") == folder else entry
+        for entry in listed_modules(repository)
+    ]
     return Lifted(repository, folder, (json.dumps(modules, indent=2) + "\n").encode())

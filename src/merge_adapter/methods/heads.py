@@ -8,10 +8,10 @@ from typing import Any
 
 from merge_adapter.errors import BaseModelError, ShapeError
 from merge_adapter.methods.change import Context, Planned
-from merge_adapter.methods.edits import Edit, Placed, config_without_ties
-from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED, resize_bias, vocabularies
+from merge_adapter.methods.edits import Placed, config_without_ties
+from merge_adapter.methods.resizing import label_heads, resize_bias, vocabularies
+from merge_adapter.methods.task import headed_class, is_labelled
 
-_HEADED = (*LABELLED, "QUESTION_ANS")
 _PER_TOKEN = frozenset(
     {
         "lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings",
@@ -21,8 +21,8 @@ _PER_TOKEN = frozenset(
 """Last parts of the paths of modules that have one row per token."""
 
 
-def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Planned:
-    """The plan of an adapter whose edits are placed, with the edits of config.json they call for."""
+def head_changes(context: Context, placed: Placed) -> Planned:
+    """The plan of an adapter whose changes are placed, with the edits of config.json they call for."""
     base = dict(context.sources.base.config)
     config: dict[str, Any] = config_without_ties(base) if placed.untied else {}
     notes = list(placed.notes)
@@ -38,7 +38,7 @@ def head_changes(context: Context, edits: Sequence[Edit], placed: Placed) -> Pla
             notes.append(
                 f"Tensors of the base that {architecture} does not have are left out: {_some(dropped)}."
             )
-    config |= _labels(context, edits, notes)
+    config |= _labels(context, notes)
     changes = placed.changes
     if resized is not None:
         _check_resized(resized, dropped)
@@ -57,10 +57,9 @@ def _new_architecture(context: Context, placed: Placed, resized: Resized | None)
     if found is None or found in (context.sources.base.config.get("architectures") or ()):
         return None
     weights = [name for name in placed.added if name.endswith(".weight")]
-    headed = context.config.get("task_type") in _HEADED
     # A head of another class, still of the old vocabulary, could not be loaded any more.
     outgrown = resized is not None and set(resized.stale) & set(context.names.unused)
-    return found if weights or headed or outgrown else None
+    return found if weights or headed_class(context.config) or outgrown else None
 
 
 def _check_complete(context: Context, placed: Placed, architecture: str) -> None:
@@ -89,20 +88,23 @@ def _check_complete(context: Context, placed: Placed, architecture: str) -> None
         )
 
 
-def _labels(context: Context, edits: Sequence[Edit], notes: list[str]) -> dict[str, Any]:
+def _labels(context: Context, notes: list[str]) -> dict[str, Any]:
     """`id2label` and its like where the adapter's head has another number of labels than the base says."""
-    if context.config.get("task_type") not in LABELLED:
+    counts = sorted({spec.shape[0] for spec in label_heads(context.tensors).values()})
+    if not counts or not is_labelled(context.config):
         return {}
-    shapes = [edit.shape for edit in edits if edit.parameter.endswith(LABEL_HEADS) and edit.shape]
-    if not shapes:
-        return {}
-    count, config = shapes[0][0], context.sources.base.config
+    if len(counts) > 1:
+        raise ShapeError(
+            f"The heads of the adapter have {counts[0]} labels and {counts[1]} labels.",
+            hint="Keep the adapter unmerged; no config.json can say both.",
+        )
+    count, config = counts[0], context.sources.base.config
     known = config.get("id2label")
     if count == (len(known) if isinstance(known, Mapping) else config.get("num_labels", 2)):
         return {}
     names = [f"LABEL_{number}" for number in range(count)]
     notes.append(
-        f"The head has {count} labels; adapters do not record their names, so they are {_some(names)}."
+        f"The head has {count} label{'s' if count > 1 else ''}; adapters do not record names for them: {_some(names)}."
     )
     changes: dict[str, Any] = {
         "id2label": {str(number): name for number, name in enumerate(names)},

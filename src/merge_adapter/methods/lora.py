@@ -72,7 +72,7 @@ def plan_lora(context: Context) -> Planned:
         unused = tuple(spec.name for spec in found.training_only)
         edits[-1] = replace(edits[-1], consumes=(*edits[-1].consumes, *unused))
     placed = place(context, edits)
-    return head_changes(context, edits, placed)
+    return head_changes(context, placed)
 
 
 def sort_tensors(tensors: Mapping[str, TensorSpec]) -> Sorted:

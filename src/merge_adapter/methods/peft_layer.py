@@ -275,4 +275,4 @@ class _Planner:
             for name in names
         }
         edits = replacement_edits(self.context, specs)
-        return head_changes(self.context, edits, place(self.context, edits, parting=parting))
+        return head_changes(self.context, place(self.context, edits, parting=parting))

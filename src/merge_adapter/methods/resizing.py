@@ -7,25 +7,41 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.methods.change import Context, Kind, ModuleChange, TensorSpec, Weights
+from merge_adapter.methods.task import is_labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LABELLED = ("SEQ_CLS", "TOKEN_CLS")
-"""Task types whose head has one row per label."""
-LABEL_HEADS = (
-    "score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight",
-    "logits_proj.weight", "sequence_summary.summary.weight",
+_LABEL_HEADS = (
+    "score.weight", "score.out_proj.weight", "classifier.weight", "classifier.out_proj.weight",
+    "classifier.linear_out.weight", "classifier.linear.weight", "classifier.1.weight", "classifier.dense.weight",
+    "classifier_distill.linear.weight", "cls_classifier.weight", "distillation_classifier.weight",
+    "classification_head.out_proj.weight", "sequence_summary.summary.weight", "logits_proj.weight", "fc.weight",
+    "head.weight", "dist_head.weight", "perceiver.decoder.decoder.final_layer.weight",
 )  # fmt: skip
-"""How the names of those heads end."""
+"""The weights with one row per label in the classes of transformers; a test asks all of them."""
+_BEFORE_THE_LAST = ("classifier.dense.weight", "sequence_summary.summary.weight")
+"""Those of them that are hidden layers in other classes: where another is there as well."""
 
 
 def may_resize(context: Context, parameter: str, stored: TensorSpec) -> bool:
     """Whether a trained tensor may have other rows than the base's: one per token, or one per label."""
     if stored.shape and stored.shape[0] in vocabularies(context.sources.base.config):
         return True
-    head = context.config.get("task_type") in LABELLED and len(stored.shape) in (1, 2)
-    return head and parameter.replace(".bias", ".weight").endswith(LABEL_HEADS)
+    weight = parameter.removesuffix(".bias") + ".weight" if parameter.endswith(".bias") else parameter
+    return is_labelled(context.config) and weight in label_heads(context.tensors)
+
+
+def label_heads(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The weights with one row per label that an adapter holds whole: parameter of the model -> tensor."""
+    held = {
+        name.replace(".modules_to_save.", ".").removeprefix("base_model.model."): spec
+        for name, spec in tensors.items()
+        if len(spec.shape) > 1
+    }
+    found = {head: held[head] for head in _LABEL_HEADS if head in held}
+    last = {head: spec for head, spec in found.items() if head not in _BEFORE_THE_LAST}
+    return last or found
 
 
 def vocabularies(config: Mapping[str, Any]) -> set[int]:

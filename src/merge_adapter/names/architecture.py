@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from merge_adapter.methods.task import trained_class
+
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -92,11 +94,8 @@ def _candidates(
 ) -> Iterator[Any]:
     """Classes to try, each once."""
     names: list[str] = []
-    auto_mapping = adapter.get("auto_mapping")
-    if isinstance(auto_mapping, Mapping) and auto_mapping.get("parent_library", "").startswith(
-        "transformers"
-    ):
-        names.append(str(auto_mapping.get("base_model_class")))
+    if recorded := trained_class(adapter):
+        names.append(recorded)
     if (task := TASKS.get(str(adapter.get("task_type")))) is not None:
         names.append(task)
     names.extend(str(name) for name in getattr(config, "architectures", None) or ())

@@ -9,20 +9,14 @@ from typing import Any
 from merge_adapter.errors import PolicyError
 from merge_adapter.methods.change import NameMap, TensorSpec
 from merge_adapter.methods.replication import layer_sources
-from merge_adapter.methods.resizing import LABEL_HEADS, LABELLED
+from merge_adapter.methods.resizing import label_heads
+from merge_adapter.methods.task import headed_class, is_labelled
 from merge_adapter.names.direct import DirectNames, direct_names
 from merge_adapter.types import BaseModel
 
 PEFT_PREFIX = "base_model.model."
 _MARKS = ("modules_to_save", "token_adapter", "base_layer", "original_module")
 """Path components that PEFT puts between a module and a tensor of its own."""
-
-_HEADED = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
-"""Task type -> how the names of its classes end."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +108,8 @@ def split_targets(
 
 def _other_head(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> bool:
     """Whether the adapter was trained on a class with a head that the base's own class does not have."""
-    wanted = _HEADED.get(str(adapter_config.get("task_type")))
-    return wanted is not None and not any(
-        str(name).endswith(wanted) for name in config.get("architectures") or ()
-    )
+    wanted = headed_class(adapter_config)
+    return not any(wanted in str(name) for name in config.get("architectures") or ("",))
 
 
 def _needs_code(config: Mapping[str, Any]) -> str:
@@ -134,9 +126,6 @@ def _head_changes(adapter_config: Mapping[str, Any], adapter: Mapping[str, Tenso
     """Config attributes that the adapter fixes: the number of layers it was trained on, of labels its head has."""
     stack = layer_sources(adapter_config)
     layers = {"num_hidden_layers": len(stack)} if stack else {}
-    if adapter_config.get("task_type") not in LABELLED:
-        return layers
-    for name, spec in adapter.items():
-        if name.replace("modules_to_save.", "").endswith(LABEL_HEADS) and len(spec.shape) == 2:
-            return {**layers, "num_labels": spec.shape[0]}
-    return layers
+    heads = label_heads(adapter) if is_labelled(adapter_config) else {}
+    labels = {"num_labels": next(iter(heads.values())).shape[0]} if heads else {}
+    return {**layers, **labels}

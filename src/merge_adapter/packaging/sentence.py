@@ -11,12 +11,12 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from merge_adapter.checkpoint.sentence import MODULES
 from merge_adapter.errors import MalformedError, PolicyError
 from merge_adapter.packaging.reading import read_json
 from merge_adapter.packaging.writing import Writer, safe_path
 from merge_adapter.types import MergeSettings, Repository, Resolved
 
-MODULES = "modules.json"
 _ROOT_FILES = re.compile(
     r"config_sentence_transformers\.json|sentence_[a-z]+_config\.json|" + re.escape(MODULES)
 )

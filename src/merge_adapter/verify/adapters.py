@@ -37,6 +37,12 @@ _LEAVES = frozenset({"weight", "bias"})
 _FACTORS = frozenset({"lora_A", "lora_B"})
 """LoRA's modules, whose tensors have a leaf."""
 _LORA = _FACTORS | {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+_PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that PEFT trains and saves with every adapter of a task, whatever its config says."""
 _TRAINING_ONLY = re.compile(r"(?:loftq|eva|corda|lora_ga|megatron)_config|megatron_core|runtime_config")
 """Keys that say how training began or ran. PEFT acts on some while it loads: it imports what `megatron_core` names."""
 
@@ -142,26 +148,38 @@ def peft_folder(file: AdapterFile, place: Path) -> Path:
     return place
 
 
-def peft_config(adapter: Adapter, base: BaseModel) -> Any:
+def peft_config(file: AdapterFile, base: BaseModel) -> Any:
     """PEFT's config object for putting a trained adapter on `base`, without what only training used.
 
-    Where the start changed the base and that one is at hand, PEFT would change it a second time.
+    Where the start changed the base and that one is at hand, PEFT would change it a second time. For tasks with a head
+    PEFT's own training always saves it, and its loading insists; transformers' `add_adapter` leaves the base's alone.
     """
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    adapter = file.adapter
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.method)]
     values = {
         key: value
         for key, value in adapter.config.items()
         if not _TRAINING_ONLY.fullmatch(key) and not (value is None and key.endswith("_pattern"))
     }
+    heads = _PEFT_HEADS.get(str(values.get("task_type")))
+    if heads is not None and not _holds_whole(file, heads):
+        values["task_type"] = None
     values = made.check_kwargs(**{**values, "peft_type": PeftType(adapter.method)})
     if adapter.method == "LORA" and changed_base(adapter.config) and not is_named(adapter, base):
         values["init_lora_weights"] = True
     config = made.from_peft_type(**values)
     config.inference_mode = True
     return config
+
+
+def _holds_whole(file: AdapterFile, heads: Collection[str]) -> bool:
+    """Whether the file holds tensors of one of the modules `heads` themselves, and not what PEFT adds to them."""
+    inside = [name.removeprefix(PREFIX) for name in file.tensors]
+    whole = [path for path in inside if _module(path, file.adapter.method) == path.rpartition(".")[0]]
+    return any(head in path.partition(".")[0] for path in whole for head in heads)
 
 
 def _spelled(name: str, method: str) -> str:

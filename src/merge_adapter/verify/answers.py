@@ -137,9 +137,15 @@ def _arguments(model: Any, kind: str, batch: Batch, device: torch.device) -> dic
     if kind in TAUGHT:
         inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
         inputs["decoder_attention_mask"] = shifted_mask(batch.mask).to(device)
-    elif kind == "embedding" and getattr(model.config, "is_encoder_decoder", False) and batch.ids.shape[1]:
+    elif kind == "embedding" and _has_decoder(model) and batch.ids.shape[1]:
         inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
     return inputs
+
+
+def _has_decoder(model: Any) -> bool:
+    """Whether an encoder-decoder is there whole: the encoder alone may have the same config."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(whole.config, "is_encoder_decoder", False)) and hasattr(whole, "decoder")
 
 
 def start_token(config: Any) -> int:

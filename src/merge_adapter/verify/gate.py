@@ -100,7 +100,7 @@ class Gate:
         if merged is None:
             return
         self._load_report(merged, base)
-        self._config(merged, base, labels_of(files))
+        self._config(merged, base, labels_of(files, kind))
         storage = stored_dtypes(expected, named_tensors(merged.model))
         started = time.monotonic()
         weights = self._weights(expected, merged.model)
@@ -141,8 +141,7 @@ class Gate:
             "dtypes": list(headers.dtypes),
         }
         self._note_time("files", started)
-        if kind is Kind.EMBEDDING:
-            self.findings += judge_modules(self.merged, self.sources)
+        self.findings += judge_modules(self.merged, self.sources, pooled=kind is Kind.EMBEDDING)
         return headers.layout
 
     def _load(

@@ -227,7 +227,7 @@ class Interview:
             if ran_out_of_memory(error):
                 raise  # of the machine, not of the model
             text = (
-                f"outputs were not compared: base + adapter, a {self.subject.kind} model, cannot be run on "
+                f"outputs were not compared: base + adapter ({self.subject.kind}) cannot be run on "
                 f"{probes.source}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             )
             self.findings.append(undecided("outputs", "", text))

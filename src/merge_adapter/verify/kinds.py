@@ -50,16 +50,22 @@ _TASKS = {
     "FEATURE_EXTRACTION": Kind.EMBEDDING,
 }
 
-LABELLED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.IMAGES, Kind.AUDIO)
+HEADED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.SPANS, Kind.IMAGES, Kind.AUDIO)
+"""Kinds whose head has one row per label."""
 
-HEADS = ("score", "classifier", "classifier.out_proj", "qa_outputs", "logits_proj")
+HEADS = (
+    "score", "score.out_proj", "classifier", "classifier.out_proj", "classifier.linear_out", "classifier.linear",
+    "classifier.1", "classification_head.out_proj", "logits_proj", "qa_outputs", "cls_classifier", "fc", "head",
+    "perceiver.decoder.decoder.final_layer",
+    "sequence_summary.summary", "classifier.dense",  # last: hidden layers in other classes that have them
+)  # fmt: skip
 """Final layers whose number of rows is the number of labels, over transformers' architectures."""
 
 
 def kind_of(sources: Resolved) -> Kind:
-    """What the adapted model answers with, from the adapter's task type, else from the base's architecture."""
+    """What the adapted model answers with: the adapter's task says it, else its class in training, else the base's."""
     task = sources.adapter.config.get("task_type")
-    architecture = _architecture(sources.base.config)
+    architecture = _trained_on(sources.adapter.config) or _architecture(sources.base.config)
     perceiving = _perceiving(sources, architecture)
     if perceiving is not None:
         return perceiving
@@ -123,6 +129,17 @@ def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
         if names and kind in (Kind.IMAGES, Kind.AUDIO) and head_saved and architecture.endswith("Model"):
             return kind
     return None
+
+
+def _trained_on(config: Mapping[str, Any]) -> str:
+    """The class of transformers that PEFT recorded when the adapter was made without a task type; "" for none."""
+    recorded = config.get("auto_mapping")
+    found = recorded if isinstance(recorded, Mapping) else {}
+    return (
+        str(found.get("base_model_class"))
+        if str(found.get("parent_library")).startswith("transformers.")
+        else ""
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

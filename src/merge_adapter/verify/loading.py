@@ -29,7 +29,7 @@ from merge_adapter.types import Repository, Resolved
 from merge_adapter.verify.adapters import PREFIX, AdapterFile, peft_config, peft_folder
 from merge_adapter.verify.files import local_layout
 from merge_adapter.verify.kinds import AUTO_CLASS as AUTO_CLASS
-from merge_adapter.verify.kinds import HEADS, LABELLED
+from merge_adapter.verify.kinds import HEADED, HEADS
 from merge_adapter.verify.kinds import Kind as Kind
 from merge_adapter.verify.kinds import kind_of as kind_of
 from merge_adapter.verify.rounding import is_narrower
@@ -169,6 +169,7 @@ def _loaded(
             )
             for key, value in changes.items():
                 setattr(config, key, value)
+            auto = _encoder_alone(config, kind) or auto
             model, info = auto.from_pretrained(
                 folder,
                 config=config,
@@ -198,6 +199,18 @@ def _loaded(
     )
 
 
+def _encoder_alone(config: Any, kind: Kind) -> Any:
+    """The class of a checkpoint with an encoder-decoder's encoder only, which AutoModel takes for both; else None."""
+    import transformers
+
+    [name, *_] = config.architectures or [""]
+    return (
+        getattr(transformers, name, None)
+        if kind is Kind.EMBEDDING and name.endswith("EncoderModel")
+        else None
+    )
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, its first cause included, on one line of bounded length."""
     causes = [error]
@@ -212,9 +225,9 @@ def _first(entry: Any) -> str:
     return str(entry[0]) if isinstance(entry, tuple | list) else str(entry)
 
 
-def labels_of(adapters: tuple[AdapterFile, ...]) -> int | None:
+def labels_of(adapters: tuple[AdapterFile, ...], kind: Kind) -> int | None:
     """The number of labels of a head that the adapters carry; None when they carry none."""
-    for file in adapters:
+    for file in adapters if kind in HEADED else ():
         for head in HEADS:
             for key in (f"{PREFIX}{head}.weight", f"{PREFIX}{head}.modules_to_save.weight"):
                 tensor = file.tensors.get(key)
@@ -231,7 +244,7 @@ def load_base(
     trust_remote_code: bool,
 ) -> Loaded:
     """The base with its head and vocabulary sized as the adapters need them."""
-    labels = labels_of(adapters) if kind in LABELLED else None
+    labels = labels_of(adapters, kind)
     changes = {"num_labels": labels} if labels is not None else None
     base = load_model(folder, kind, trust_remote_code=trust_remote_code, config_changes=changes)
     _fit_vocabulary(base.model, adapters)
@@ -287,7 +300,7 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             model: Any = None
             for name, file in zip(names, files, strict=True):
                 place = Path(stack.enter_context(TemporaryDirectory(prefix="merge-adapter-adapter-")))
-                folder, config = peft_folder(file, place), peft_config(file.adapter, sources.base)
+                folder, config = peft_folder(file, place), peft_config(file, sources.base)
                 if model is None:
                     model = PeftModel.from_pretrained(
                         base, folder, adapter_name=name, torch_device="cpu", config=config

@@ -22,9 +22,15 @@ from merge_adapter.verify.findings import Finding, fault
 from merge_adapter.verify.storage import Checkpoint
 
 MODULES = "modules.json"
+CONFIG = "config_sentence_transformers.json"
 
 Tail = Callable[[Tensor, Tensor], Tensor]
-"""(hidden states (documents, length, width), mask (documents, length)) -> embeddings (documents, width)."""
+"""(hidden states (documents, length, width), mask (documents, length)) -> embeddings (documents, width).
+
+Models with a vector for each token answer with all of them, one after another: (documents, length * width).
+"""
+_CLASSES = ("SentenceTransformer", "MultiVectorEncoder", "SparseEncoder")
+"""Those of sentence-transformers that embed; the first for repositories that name none."""
 
 
 def installed() -> bool:
@@ -44,29 +50,27 @@ _EITHER = object()
 """Of a field that newer versions keep elsewhere: it is compared where both files state it."""
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "config_sentence_transformers.json": {
-        "prompts": {},
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    },
+    CONFIG: {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     "sentence_bert_config.json": {"max_seq_length": _EITHER, "do_lower_case": _EITHER},
 }
 """What changes embeddings or how they are compared, with what its absence means."""
 
 
-def judge_modules(merged: Path, sources: Resolved) -> Iterator[Finding]:
-    """What sentence-transformers reads beside the weights and the pooling, which the embeddings themselves show."""
-    source = source_of(sources)
-    if source is None:
-        return
-    if not (merged / MODULES).is_file():
+def judge_modules(merged: Path, sources: Resolved, *, pooled: bool) -> Iterator[Finding]:
+    """What sentence-transformers reads beside the weights and the pooling, which the embeddings themselves show.
+
+    Each file is the adapter's where it carries it, else the base's. `pooled`: whether the model is asked to embed.
+    """
+    if pooled and source_of(sources) is not None and not (merged / MODULES).is_file():
         text = "is missing: sentence-transformers would pool in another way than adapter and base do"
         yield fault("files", MODULES, text)
+    both = (sources.adapter.repository, sources.base.repository)
     for name, fields in _FIELDS.items():
-        left, right = _object(merged, name), _stated(source, name)
+        held = next((repository for repository in both if name in repository.files), None)
+        own, expected = _stated(merged, name), _stated(held.folder([name]), name) if held is not None else {}
         for field, default in fields.items():
-            got, wanted = (_told(found.get(field, default)) for found in (left, right))
-            if got != wanted and (default is not _EITHER or (field in left and field in right)):
+            got, wanted = (_told(found.get(field, default)) for found in (own, expected))
+            if got != wanted and (default is not _EITHER or (field in own and field in expected)):
                 yield fault("config", name, f"{field} is {got!r}, adapter and base have {wanted!r}")
 
 
@@ -75,23 +79,14 @@ def _told(value: Any) -> Any:
     return {key: one for key, one in value.items() if one} if isinstance(value, dict) else value
 
 
-def _stated(repository: Repository, name: str) -> dict[str, Any]:
-    return _parsed(repository.read(name)) if name in repository.files else {}
-
-
-def _object(folder: Path, name: str) -> dict[str, Any]:
-    return _parsed((folder / name).read_bytes()) if (folder / name).is_file() else {}
-
-
-def _parsed(content: bytes) -> dict[str, Any]:
-    """Fields that have a value; none of a file that cannot be read."""
+def _stated(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a config that have a value; none of a file that is not there or cannot be read."""
     try:
-        document = json.loads(content)
-    except ValueError:
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    if not isinstance(document, dict):
-        return {}
-    return {key: value for key, value in document.items() if value is not None}
+    found = document if isinstance(document, dict) else {}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def tail_of(repository: Repository) -> Tail:
@@ -113,11 +108,23 @@ def tail_of(repository: Repository) -> Tail:
         with torch.no_grad():
             for module in modules:
                 features = module(features)
-        embedding = features["sentence_embedding"]
-        assert isinstance(embedding, Tensor)
-        return embedding
+        return _embedding(features, mask)
 
     return run
+
+
+def _embedding(features: dict[str, Any], mask: Tensor) -> Tensor:
+    """What the last module gives: vectors of documents, or else those of their tokens, zeros where there is none.
+
+    Raises MalformedError for modules that end in neither.
+    """
+    found = features.get("sentence_embedding")
+    if isinstance(found, Tensor):
+        return found
+    tokens = features.get("token_embeddings")
+    if not isinstance(tokens, Tensor):
+        raise MalformedError(f"the modules that {MODULES} lists end in no embedding")
+    return (tokens * mask.to(tokens)[..., None]).flatten(1)
 
 
 def _module(folder: Path, entry: dict[str, str]) -> Any:
@@ -132,12 +139,17 @@ def _module(folder: Path, entry: dict[str, str]) -> Any:
 
 
 def load_whole(folder: Path, *, trust: bool) -> Any:
-    """The model in `folder` as its users load it: `SentenceTransformer(folder)`, in a dtype that loses nothing."""
-    from sentence_transformers import SentenceTransformer
+    """The model in `folder` as its users load it, in a dtype that loses nothing.
+
+    That is `SentenceTransformer(folder)`, or the class which its config names.
+    """
+    import sentence_transformers
 
     with Checkpoint(folder, local_layout(folder).files) as held:
         dtype = held.widest_float
-    model = SentenceTransformer(
+    stated = _stated(folder, CONFIG).get("model_type")
+    made = getattr(sentence_transformers, stated if stated in _CLASSES else _CLASSES[0])
+    model = made(
         str(folder),
         device="cpu",
         trust_remote_code=trust,
@@ -151,6 +163,4 @@ def embed_whole(model: Any, ids: Tensor, mask: Tensor, device: torch.device) -> 
     """Embeddings (documents, width) of token ids, through every module of `model`."""
     with torch.no_grad():
         features = model({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    embedding = features["sentence_embedding"]
-    assert isinstance(embedding, Tensor)
-    return embedding.float().cpu()
+    return _embedding(features, mask).float().cpu()

@@ -117,7 +117,7 @@ class ShardGate(Gate):
         if merged is None:
             raise BaseModelError(f"the merged model cannot be opened: {self.findings[-1]}", hint=_ALTERNATIVE)
         self._load_report(merged, base)
-        self._config(merged, base, labels_of(self.files))
+        self._config(merged, base, labels_of(self.files, self.kind))
         self.findings += judge_provenance(self.sources)
         self.findings += judge_processors(self.merged, self.sources)
         self._place(base, merged)
