@@ -17,14 +17,9 @@ from merge_adapter.hub import Commit, ConflictError, PullRequest, PullRequests, 
 from merge_adapter.hub import commit as commit_to_hub
 from merge_adapter.publish import description
 from merge_adapter.publish.contents import Gone, LocalFile, check_card, check_contents
-from merge_adapter.publish.identity import (
-    Identity,
-    Marker,
-    find_marker,
-    identity_of_report,
-    identity_of_sources,
-)
+from merge_adapter.publish.identity import Identity, Marker, find_marker, identity_of_report
 from merge_adapter.publish.settings import PublishSettings, Target
+from merge_adapter.publish.standing import of_lane, on_main, on_pull, published_as
 from merge_adapter.publish.target import find_target, prepare_folder
 from merge_adapter.publish.whole import (
     check_remote,
@@ -33,17 +28,7 @@ from merge_adapter.publish.whole import (
     published_report,
     read_remote_report,
 )
-from merge_adapter.types import (
-    MergeSettings,
-    OnFail,
-    Operation,
-    Progress,
-    Publication,
-    PublishTo,
-    Resolved,
-    Verdict,
-    Verification,
-)
+from merge_adapter.types import OnFail, Operation, Progress, Publication, PublishTo, Verdict, Verification
 
 if TYPE_CHECKING:
     from merge_adapter.hub import Hub, HubRepository
@@ -52,14 +37,6 @@ _ROUNDS = 4
 """How often a publication starts over because somebody else wrote to the same place meanwhile."""
 _FRESH = frozenset({".gitattributes", "README.md", "LICENSE"})
 """Files of a repository that somebody just made on the website."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A publication that is there already, with the report it was made from."""
-
-    report: Mapping[str, Any]
-    publication: Publication
 
 
 @dataclass(frozen=True)
@@ -99,35 +76,6 @@ class _Job:
     def open(self, revision: str) -> HubRepository:
         """The target's folder at a revision."""
         return self.hub.open(self.target.repo_id, revision=revision, subfolder=self.target.path_in_repo)
-
-
-def find_published(
-    sources: Resolved, settings: MergeSettings, publishing: PublishSettings, *, hub: Hub
-) -> Published | None:
-    """What an earlier run offered as ready from the same commits and settings; None when there is no such thing.
-
-    `publishing` comes from `prepare`. Local sources are never found: what they are is known after merging.
-    """
-    target = publishing.target
-    if target is None:
-        raise InputError("the publication was not prepared: call prepare first")
-    identity = identity_of_sources(sources, settings, target.path_in_repo, publishing.license)
-    if identity is None or find_target(target, hub=hub) is None:
-        return None
-    main = hub.open(target.repo_id, subfolder=target.path_in_repo)
-    found = _same(main, identity, target)
-    if found is not None:
-        return Published(found, _on_main(main, target, Operation.UNCHANGED, hub))
-    if publishing.publish_to is PublishTo.NEW_REPO:
-        return None
-    for pull in of_lane(PullRequests(hub, target.repo_id), identity.lane):
-        if pull.draft:
-            continue
-        head = hub.open(target.repo_id, revision=pull.ref, subfolder=target.path_in_repo)
-        found = _same(head, identity, target)
-        if found is not None:
-            return Published(found, _on_pull(pull, head.revision, target, Operation.UNCHANGED))
-    return None
 
 
 def publish(
@@ -208,8 +156,8 @@ def _ensure_target(job: _Job) -> None:
 def _publish_once(job: _Job) -> Publication:
     _ensure_target(job)
     main = job.open("main")
-    if job.passed and _same(main, job.identity, job.target) is not None:
-        return _on_main(main, job.target, Operation.UNCHANGED, job.hub)
+    if job.passed and published_as(main, job.identity, job.target) is not None:
+        return on_main(main, job.target, Operation.UNCHANGED, job.hub)
     if job.settings.publish_to is PublishTo.NEW_REPO and job.passed:
         return _publish_on_main(job, main)
     return _publish_on_pull(job, main)
@@ -231,7 +179,7 @@ def _publish_on_main(job: _Job, main: HubRepository) -> Publication:
     _check(job, made.sha, job.listed)
     _close_superseded(job, None)
     operation = Operation.CREATED if earlier is None else Operation.UPDATED
-    return _with_bytes(_on_main(job.open(made.sha), job.target, operation, job.hub), made)
+    return _with_bytes(on_main(job.open(made.sha), job.target, operation, job.hub), made)
 
 
 def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
@@ -242,7 +190,7 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
     same = published_report(head) if filled and _is_of(job, earlier) else None
     settled = same is not None and find_marker(pull.description) == job.marker
     if settled and pull.draft is not job.passed:
-        return _on_pull(pull, head.revision, job.target, Operation.UNCHANGED)
+        return on_pull(pull, head.revision, job.target, Operation.UNCHANGED)
 
     made = _commit_to_pull(job, pull, head, earlier) if same is None else None
     commit = head.revision if made is None else made.sha
@@ -255,7 +203,7 @@ def _publish_on_pull(job: _Job, main: HubRepository) -> Publication:
     elif not job.pending:
         job.pulls.comment(pull, description.evidence_comment(job.report, job.verdict))
     operation = Operation.UPDATED if filled else Operation.CREATED
-    published = _on_pull(job.pulls.get(pull.number), commit, job.target, operation)
+    published = on_pull(job.pulls.get(pull.number), commit, job.target, operation)
     return published if made is None else _with_bytes(published, made)
 
 
@@ -369,36 +317,6 @@ def _check(job: _Job, commit: str, listed: Mapping[str, tuple[int, str]]) -> Non
 
 def _description(job: _Job, number: int) -> str:
     return description.describe(job.report, job.marker, job.target, notes=job.settings.notes, number=number)
-
-
-def of_lane(pulls: PullRequests, lane: str) -> list[PullRequest]:
-    """This account's own pull requests of a lane, open and draft ones."""
-    return [pull for pull in pulls.mine() if _marks(pull, lane)]
-
-
-def _marks(pull: PullRequest, lane: str) -> bool:
-    marker = find_marker(pull.description)
-    return marker is not None and marker.identity.lane == lane
-
-
-def _same(repository: HubRepository, identity: Identity, target: Target) -> dict[str, Any] | None:
-    """The report of a whole publication of `identity` that passed; None when it is not there."""
-    report = read_remote_report(repository)
-    if report is None or report["verification"]["verdict"] != Verdict.PASS.value:
-        return None
-    if identity_of_report(report, target.path_in_repo) != identity:
-        return None
-    return published_report(repository)
-
-
-def _on_main(repository: HubRepository, target: Target, operation: Operation, hub: Hub) -> Publication:
-    place = f"/tree/main/{target.path_in_repo}" if target.path_in_repo else ""
-    url = f"{hub.endpoint}/{repository.repo_id}{place}"
-    return Publication(repository.repo_id, url, operation, repository.revision)
-
-
-def _on_pull(pull: PullRequest, commit: str, target: Target, operation: Operation) -> Publication:
-    return Publication(target.repo_id, pull.url, operation, commit, pull.number, pull.draft)
 
 
 def _with_bytes(publication: Publication, made: Commit) -> Publication:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import NotFoundError
 from merge_adapter.hub import HubRepository, PullRequests
-from merge_adapter.publish.flow import of_lane
 from merge_adapter.publish.identity import lane_of
 from merge_adapter.publish.settings import PublishSettings
+from merge_adapter.publish.standing import of_lane
 from merge_adapter.publish.target import find_target
 from merge_adapter.publish.whole import read_remote_report
 from merge_adapter.report.document import REPORT_FILE
