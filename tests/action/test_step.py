@@ -225,6 +225,22 @@ def test_a_fork_cannot_borrow_any_identity(
     assert "ada/private-base" in step.results[0]["error"]
 
 
+def test_an_author_whom_nobody_knows_is_an_error(act: Callable[..., Any], hub: Any) -> None:
+    """The Hub lists no models for a mistyped name; a schedule that stayed green would merge nothing for ever."""
+    step = act("schedule", {}, inputs={"watch": "adda", "publish": "none"}, env={"HF_ENDPOINT": hub.url})
+    assert step.code == 2
+    assert "no user or organisation named adda" in step.log
+    assert step.outputs["verdict"] == "error"
+
+
+def test_an_author_without_adapters_is_none(act: Callable[..., Any], hub: Any) -> None:
+    """Users and organisations alike: theirs may still come."""
+    for known in ("stranger", "demo"):
+        step = act("schedule", {}, inputs={"watch": known, "publish": "none"}, env={"HF_ENDPOINT": hub.url})
+        assert step.code == 0, step.log
+        assert f"{known} has no adapters" in step.log
+
+
 def test_the_adapters_of_a_collection_are_found(hub: Any, tokens: dict[str, str], ada: HfApi) -> None:
     """In the collection's order, each folder with an adapter where none is at the root; other models are left out.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import WebhookInfo
 
+from merge_adapter.errors import NotFoundError
+from merge_adapter.hub.conversations import account_exists, is_organisation
 from merge_adapter.hub.session import repeat
 
 if TYPE_CHECKING:
@@ -30,9 +32,16 @@ class Webhook:
 
 
 def adapters_of(hub: Hub, author: str) -> tuple[str, ...]:
-    """Ids of the author's repositories that hold an adapter, sorted."""
+    """Ids of the author's repositories that hold an adapter, sorted. NotFoundError where nobody has that name."""
     with hub.calling(f"list the models of {author}", repo_id=author):
         listed = repeat(lambda: list(hub.api.list_models(author=author, full=True)), hub.patience)
+    if not listed and not account_exists(
+        hub, author
+    ):  # the Hub lists no models for a mistyped name, and no error
+        raise NotFoundError(
+            f"{hub.endpoint} has no user or organisation named {author}",
+            hint="Check the spelling: it is the part before the slash in the names of the repositories.",
+        )
     return tuple(
         sorted(
             info.id
@@ -91,8 +100,6 @@ def _kind(hub: Hub, name: str) -> str:
     """What the Hub calls a thing to watch: `model`, `org` or `user`."""
     if "/" in name:
         return "model"
-    from merge_adapter.hub.conversations import is_organisation
-
     return "org" if is_organisation(hub, name) else "user"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,9 +86,19 @@ def members(hub: Hub, organisation: str) -> Members:
 
 def is_organisation(hub: Hub, name: str) -> bool:
     """Whether an account of that name is an organisation."""
+    return _exists(hub, name, "organisation", hub.api.get_organization_overview)
+
+
+def account_exists(hub: Hub, name: str) -> bool:
+    """Whether a user or an organisation has that name."""
+    return is_organisation(hub, name) or _exists(hub, name, "user", hub.api.get_user_overview)
+
+
+def _exists(hub: Hub, name: str, kind: str, overview: Callable[[str], object]) -> bool:
+    """False where the Hub answers 404; whatever else goes wrong is raised."""
     try:
-        with hub.calling(f"look for the organisation {name}", repo_id=name):
-            repeat(lambda: hub.api.get_organization_overview(name), hub.patience)
+        with hub.calling(f"look for the {kind} {name}", repo_id=name):
+            repeat(lambda: overview(name), hub.patience)
     except (HubError, NotFoundError) as error:
         if _says_missing(error):
             return False
