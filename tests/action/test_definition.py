@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,46 @@ def test_actions_are_pinned_by_commit(path: Path) -> None:
 def test_values_reach_scripts_by_their_environment_alone(path: Path) -> None:
     """An expression inside a script is a place to inject."""
     assert not [step for step in steps_of(path) if "${{" in step.get("run", "")]
+
+
+@pytest.mark.parametrize(
+    ("released", "tag", "newest"),
+    [
+        (("v1.2.3",), "v1.2.3", "true true true"),
+        (("v1.2.3", "v1.2.10"), "v1.2.10", "true true true"),
+        (("v1.2.3", "v1.2.10"), "v1.2.3", "false false false"),
+        (("v1.9.9", "v1.10.0"), "v1.9.9", "false false true"),
+        (("v1.9.9", "v1.10.0", "v2.0.0"), "v1.10.0", "false true true"),
+        (("v1", "v1.2.3", "v1.3.0-rc1", "v10.0.0"), "v1.2.3", "false true true"),
+    ],
+)
+def test_a_release_moves_no_tag_back(
+    released: tuple[str, ...], tag: str, newest: str, tmp_path: Path, git: Callable[..., str], workspace: Path
+) -> None:
+    """Of all, of its major and of its minor version: `latest`, `1` and `1.2` are moved by the newest alone."""
+    workflow = load(ROOT / ".github/workflows/release.yml")
+    (script,) = [step["run"] for step in workflow["jobs"]["package"]["steps"] if step.get("id") == "newest"]
+    git("commit", "--quiet", "--allow-empty", "-m", "released")
+    for name in released:
+        git("tag", name)
+    output = tmp_path / "output"
+    environment = {**os.environ, "GITHUB_REF_NAME": tag, "GITHUB_OUTPUT": str(output)}
+    # as GitHub starts it
+    command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", script]
+    subprocess.run(command, cwd=workspace, env=environment, check=True)
+    told = dict(line.split("=") for line in output.read_text().splitlines())
+    assert " ".join(told[key] for key in ("newest", "newest-of-major", "newest-of-minor")) == newest
+    assert "newest-of-major == 'true'" in workflow["jobs"]["tag"]["if"]
+
+
+def test_every_image_that_is_named_is_one_that_a_release_makes() -> None:
+    """Tags of images carry no v, those of the repository do."""
+    named: dict[str, list[str]] = {}
+    for pattern in ("README.md", "docs/**/*.*", "spaces/*", "src/**/*.py", ".github/**/*.yml"):
+        for path in ROOT.glob(pattern):
+            for tag in re.findall(r"ghcr\.io/[\w/-]+:([\w-]+)", path.read_text(encoding="utf-8")):
+                named.setdefault(tag, []).append(str(path.relative_to(ROOT)))
+    assert set(named) == {"1", "1-cuda"}, named
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -31,7 +31,7 @@ class HfJobsRunner:
         if not settings.jobs_image:
             raise InputError(
                 "the runner hf-jobs needs the setting jobs_image",
-                hint="Name an image of merge-adapter, such as ghcr.io/OWNER/merge-adapter:v1.",
+                hint="Name an image of merge-adapter, such as ghcr.io/OWNER/merge-adapter:1.",
             )
         self._settings = settings
         self._hub = Hub(settings.endpoint or None, settings.token or None)
