@@ -66,6 +66,14 @@ def test_a_webhook_is_made_listed_tried_and_deleted(
     assert code in (2, 5) and "error:" in err
 
 
+def test_an_account_without_webhooks_is_told_how_to_make_one(
+    environment: None, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGE_ADAPTER_BOT_TOKEN", "hf_stranger")
+    code, out, err = command("webhook", "list")
+    assert (code, out) == (0, "") and "merge-adapter webhook create https://HOST/webhook" in err
+
+
 def test_a_bot_with_another_secret_fails_the_test(
     environment: None, command: Any, bot: RunningBot, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,10 @@ def list_(config: Config = None) -> None:
     """The webhooks of the bot's account."""
     from merge_adapter.hub.catalogue import list_webhooks
 
-    for one in list_webhooks(_hub(_settings(config))):
+    found = list_webhooks(_hub(_settings(config)))
+    if not found:
+        typer.echo("none yet; make one with: merge-adapter webhook create https://HOST/webhook", err=True)
+    for one in found:
         state = "  (disabled)" if one.disabled else ""
         typer.echo(f"{one.id}  {one.url}  watches {', '.join(one.watched)}{state}")
 
