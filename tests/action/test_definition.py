@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from merge_adapter import __version__
 from merge_adapter.action.inputs import NAMES, SECRETS
 from merge_adapter.action.results import OUTPUTS
 from merge_adapter.action.table import filled, main, tables
@@ -148,14 +149,17 @@ def test_a_release_moves_no_tag_back(
     assert "newest-of-major == 'true'" in workflow["jobs"]["tag"]["if"]
 
 
-def test_every_image_that_is_named_is_one_that_a_release_makes() -> None:
-    """Tags of images carry no v, those of the repository do."""
-    named: dict[str, list[str]] = {}
+def test_what_users_name_is_what_a_release_makes() -> None:
+    """The tag of the action and those of the images, which carry no v, are of this package's major version."""
+    actions, images = set(), set()
     for pattern in ("README.md", "docs/**/*.*", "spaces/*", "src/**/*.py", ".github/**/*.yml"):
         for path in ROOT.glob(pattern):
-            for tag in re.findall(r"ghcr\.io/[\w/-]+:([\w-]+)", path.read_text(encoding="utf-8")):
-                named.setdefault(tag, []).append(str(path.relative_to(ROOT)))
-    assert set(named) == {"1", "1-cuda"}, named
+            text = path.read_text(encoding="utf-8")
+            actions |= set(re.findall(r"uses: merge-adapter/merge-adapter\S*@(\S+)", text))
+            images |= set(re.findall(r"ghcr\.io/[\w/-]+:([\w-]+)", text))
+    major = __version__.partition(".")[0]
+    assert actions == {f"v{major}"}
+    assert images == {major, f"{major}-cuda"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
