@@ -26,6 +26,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert "open, ready to merge" in said
     assert "3 of 3 answers" in said
     assert "unchanged" in said
+    assert "merge_report.json" in said
     assert "/demo/pydoc-llama-answers-merged/discussions/1" in said
     assert "Warning" not in said
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}

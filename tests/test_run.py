@@ -299,12 +299,13 @@ def test_a_hub_that_does_not_answer_is_exit_5(tmp_path: Path, lm_adapter: Path) 
     assert "127.0.0.1:9" in finished.stderr
 
 
-def test_a_folder_that_the_merged_repository_does_not_have(
-    place: Place, lm_base: Path, lm_adapter: Path
+@pytest.mark.parametrize("arguments", [("--merged-subfolder", "nope"), ()], ids=["folder", "adapter"])
+def test_where_no_model_lies_nothing_is_judged(
+    place: Place, lm_base: Path, lm_adapter: Path, arguments: tuple[str, ...]
 ) -> None:
-    """The name is wrong, and said: nothing there could be judged."""
-    merged = place.push(lm_base, "subfolders")
-    found = place.run("verify", merged, "--merged-subfolder", "nope", "--adapter", lm_adapter)
+    """The name is wrong, and said: a folder that is not there; a repository of which only the pull request has one."""
+    merged = place.push(lm_base, "subfolders") if arguments else place.push(lm_adapter, "no-model")
+    found = place.run("verify", merged, *arguments, "--adapter", lm_adapter)
     assert found.returncode == ExitCode.INPUT
-    assert "there are no files in" in found.stderr
-    assert "--merged-subfolder" in found.stderr
+    assert f"there is no model in {merged}" in found.stderr
+    assert "OWNER/NAME@refs/pr/N" in found.stderr and "--merged-subfolder" in found.stderr

@@ -55,7 +55,7 @@ def merge(
         adapters = [file.open() for file in plan.adapters]
         for opened in adapters:
             stack.push(opened)
-        task = stack.enter_context(progress.task("merge", plan.bytes_written))
+        task = stack.enter_context(progress.task("Merging", plan.bytes_written))
         work = Work(plan, sources.base.repository, base, adapters, destination, Stop(), task, _device(device))
         stack.enter_context(_one_torch_thread())
         try:

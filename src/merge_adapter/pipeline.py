@@ -125,12 +125,14 @@ def verify_merged(
 ) -> tuple[Resolved, Verification]:
     """Judge a merged checkpoint, whoever made it. Writes nothing to it."""
     from merge_adapter.verify import verify
+    from merge_adapter.verify.storage import PICKLED, SAFETENSORS
 
     candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
-    if not candidate.files:
+    if not {"config.json", "modules.json", *SAFETENSORS, *PICKLED}.intersection(candidate.files):
         raise NotFoundError(
-            f"there are no files in {candidate.origin}",
-            hint="Check the name, its revision, and --merged-subfolder where you gave one.",
+            f"there is no model in {candidate.origin}: neither a config.json nor weights",
+            hint="Check the name. A merge that waits in pull request N is OWNER/NAME@refs/pr/N; where the model lies "
+            "in a folder, say --merged-subfolder.",
         )
     sources = resolve(source, hub=hub, quantized_base=quantized_base)
     gate = with_domain(gate, sources, hub=hub, progress=progress)

@@ -330,7 +330,8 @@ class Progress(Protocol):
     """How the core tells that it moves; `report.progress` shows it, the core never prints."""
 
     def task(self, label: str, total: int | None, *, unit: str = "bytes") -> AbstractContextManager[Task]:
-        """A stage that ends when the context does. `total` None when it is unknown."""
+        """A stage that ends when the context does. `total` None when it is unknown; nothing is counted then, unless
+        another `unit` than bytes is named."""
         ...
 
     def note(self, text: str) -> None:

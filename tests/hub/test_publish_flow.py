@@ -535,7 +535,7 @@ def test_unchanged_shards_are_copied_on_the_server(world, sources) -> None:
     shard = (merged.folder / "model-00002-of-00002.safetensors").stat().st_size
     total = sum(path.stat().st_size for path in merged.folder.iterdir())
     said = next(note for note in progress.notes if note.startswith("Uploaded"))
-    assert f"Uploaded {total - shard:,} bytes, saved {shard:,}" in said
+    assert f"Uploaded files of {total - shard:,} bytes; {shard:,} the Hub had" in said
 
 
 def test_a_merge_of_local_folders_is_published_in_the_users_own_name(world) -> None:

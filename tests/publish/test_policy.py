@@ -116,7 +116,7 @@ def test_a_base_that_is_not_listed_is_refused_with_the_option_that_allows_it() -
         policy.check_base(Source("base", None), ("corp/*",))
 
 
-@pytest.mark.parametrize("path", ["../x", "a/../b", "a//b", ".git", "a/.git/b", "a\\b", "a/\x00", "."])
+@pytest.mark.parametrize("path", ["../x", "a/../b", "a//b", ".git", "a/.git/b", "a\\b", "a/\x00", "a/./b"])
 def test_a_folder_in_a_repository_stays_inside_it(path: str) -> None:
     """Paths come from workflows and configs too."""
     with pytest.raises(InputError, match="not a folder inside"):
@@ -126,4 +126,10 @@ def test_a_folder_in_a_repository_stays_inside_it(path: str) -> None:
 def test_outer_slashes_of_a_folder_do_not_matter() -> None:
     """People write them both ways."""
     assert clean_folder("/merged/bf16/") == "merged/bf16"
+    assert clean_folder("./merged/") == "merged"
     assert clean_folder("") == ""
+
+
+@pytest.mark.parametrize("path", [".", "./", "/"])
+def test_the_root_of_a_repository_is_named_as_for_hf_upload(path: str) -> None:
+    assert clean_folder(path) == ""

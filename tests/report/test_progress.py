@@ -35,6 +35,18 @@ def test_quiet_shows_nothing() -> None:
     assert isinstance(progress_for(Console(file=io.StringIO()), quiet=True), Silent)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_where_nothing_is_counted_no_figure_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of unknown length has a clock alone, no "0 bytes" that never grow."""
+    monkeypatch.setattr("merge_adapter.report.progress._LOG_INTERVAL", 0)
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=120)
+    with progress_for(console, quiet=False).task("Writing text", None) as task:
+        task.advance(0)
+    assert "Writing text" in stream.getvalue()
+    assert "0 B" not in stream.getvalue() and "bytes" not in stream.getvalue()
+
+
 def test_a_terminal_gets_a_live_line() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)

@@ -140,7 +140,7 @@ def _totals(candidates: tuple[Candidate, ...], summary: Summary | None) -> Text:
     if summary is None:
         if count[Standing.TO_DO]:
             upload = sum(one.bytes_uploaded for one in candidates)
-            lines.append(f"uploads at most {human_bytes(upload)}; carry it out with --go")
+            lines.append(f"uploads about {human_bytes(upload)}; carry it out with --go")
     else:
         ended = ", ".join(f"{number} {state.value}" for state, number in sorted(summary.counts.items()))
         lines.append(f"carried out: {ended or 'nothing was to do'}")

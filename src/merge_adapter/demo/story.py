@@ -203,10 +203,13 @@ class _Story:
         return report
 
     def _published(self, report: dict[str, Any]) -> None:
+        from merge_adapter.report.document import REPORT_FILE
+
         self._begin("A pull request with weights, tokenizer, card and report")
         publication = report["publication"]
         self._fact("repository", publication["repo"])
-        self._fact("files", ", ".join(entry["path"] for entry in report["output"]["files"]))
+        paths = [*(entry["path"] for entry in report["output"]["files"]), REPORT_FILE]
+        self._fact("files", ", ".join(sorted(paths)))
         self._fact("state", "draft" if publication["draft"] else "open, ready to merge")
 
     def _compare(self, endpoint: str, publication: dict[str, Any]) -> None:

@@ -286,7 +286,7 @@ def _commit(job: _Job, ref: str, parent: HubRepository, earlier: Mapping[str, An
     )
     changed = job.report["merge"].get("bytes_changed")
     job.progress.note(
-        f"Uploaded {result.bytes_sent:,} bytes, saved {result.bytes_copied:,} that the Hub had"
+        f"Uploaded files of {result.bytes_sent:,} bytes; {result.bytes_copied:,} the Hub had"
         + (f"; the merge changed {changed:,}." if isinstance(changed, int) else ".")
     )
     return result

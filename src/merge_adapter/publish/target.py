@@ -75,16 +75,19 @@ def find_target(target: Target, *, hub: Hub) -> HubRepository | None:
 
 
 def clean_folder(path: str) -> str:
-    """`path` inside a repository without outer slashes; InputError for one that could leave it."""
-    clean = path.strip("/")
-    parts = clean.split("/") if clean else []
+    """`path` inside a repository, "" for its root; InputError for one that could leave it.
+
+    As for `hf upload`, "." is the root.
+    """
+    clean = path.removeprefix("./").strip("/")
+    parts = clean.split("/") if clean not in ("", ".") else []
     if any(
         part in ("", ".", "..", ".git", ".cache") or "\\" in part or not part.isprintable() for part in parts
     ):
         raise InputError(
             f"{path!r} is not a folder inside a repository", hint="Write it as: --path-in-repo merged"
         )
-    return clean
+    return "/".join(parts)
 
 
 def _decide(

@@ -31,6 +31,11 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def _counted(total: int | None, unit: str) -> bool:
+    """Whether a stage has figures; "0 bytes" of text being written would be none."""
+    return total is not None or unit != "bytes"
+
+
 def progress_for(console: Console, *, quiet: bool) -> Progress:
     """The progress that suits where `console` writes: live on a terminal, plain lines elsewhere, none when
     `quiet`."""
@@ -60,7 +65,9 @@ class _LogTask:
         elapsed = max(now - self._start, 1e-9)
         rate = self._done / elapsed
         parts = [f"{self._label}:"]
-        if self._unit == "bytes":
+        if not _counted(self._total, self._unit):
+            parts.append(human_seconds(elapsed))
+        elif self._unit == "bytes":
             parts.append(human_bytes(self._done))
             if self._total:
                 parts.append(f"of {human_bytes(self._total)}")
@@ -113,9 +120,9 @@ class LiveProgress:
         )
         from rich.progress import Progress as RichProgress
 
-        counts: tuple[ProgressColumn, ...] = (
-            (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-        )
+        counts: tuple[ProgressColumn, ...] = ()
+        if _counted(total, unit):
+            counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
         columns = (
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=24),

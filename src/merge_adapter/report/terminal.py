@@ -53,7 +53,7 @@ def show_plan(console: Console, sources: Resolved, plan: MergePlan) -> None:
         ("weight files", f"{len(merged)}, {human_bytes(sum(shard.bytes for shard in merged))}"),
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", human_bytes(plan.bytes_written)),
-        ("uploads at most", human_bytes(plan.bytes_changed)),
+        ("uploads", f"about {human_bytes(plan.bytes_changed)}: the changed tensors; the Hub has the others"),
         ("memory", human_bytes(plan.memory_bytes)),
         ("disk", human_bytes(plan.disk_bytes)),
         (
@@ -181,8 +181,6 @@ def show_run(console: Console, outcome: RunOutcome) -> None:
     state = " (draft)" if publication.draft else ""
     facts = [("published", what + state), ("at", publication.url)]
     if publication.bytes_uploaded is not None and publication.bytes_saved is not None:
-        saved = human_bytes(publication.bytes_saved)
-        facts.append(
-            ("uploaded", f"{human_bytes(publication.bytes_uploaded)}, saved {saved} that the Hub had")
-        )
+        sent, saved = human_bytes(publication.bytes_uploaded), human_bytes(publication.bytes_saved)
+        facts.append(("uploaded", f"files of {sent}, by xet only what is new in them; {saved} the Hub had"))
     console.print(_facts(facts))
