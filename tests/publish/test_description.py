@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ REPORT: dict[str, Any] = {
     "adapter": {"id": "ann/adapter", "revision": "a" * 40, "method": "LORA"},
     "base": {"id": "corp/base", "revision": "b" * 40},
     "output": {"dtype": "auto", "files": []},
+    "settings": {"strategy": "auto", "quantized_base": "refuse", "trust_remote_code": False},
 }
 TARGET = Target("ann/adapter-merged", "", private=False, least=Openness.PUBLIC)
 HOSTILE = (
@@ -42,6 +44,31 @@ def test_the_description_names_sources_commits_and_how_to_check() -> None:
     assert f"--adapter ann/adapter@{'a' * 40}" in text
     assert "All tensors agree" in text
     assert find_marker(text) is not None
+
+
+def test_the_command_that_judges_again_expects_the_model_that_was_made() -> None:
+    """Every adapter with its folder and weight, and every setting that decides what the merged model must be."""
+    second = {
+        "id": "ann/other",
+        "revision": "c" * 40,
+        "subfolder": "last one",
+        "method": "LORA",
+        "weight": -0.25,
+    }
+    several = {
+        "adapters": [{**REPORT["adapter"], "weight": 0.1}, second],
+        "combination": {"type": "dare_ties", "density": 0.5, "majority_sign": "total", "seed": 3},
+        "output": {"dtype": "float16", "files": []},
+        "settings": {"quantized_base": "dequantize", "trust_remote_code": True},
+    }
+    text = describe(report_of(Verdict.PASS) | several)
+    command = shlex.split(text.split("```sh")[1].split("```")[0].replace("\\\n", " "))
+    assert command[command.index("--adapter") :] == [
+        "--adapter", f"ann/adapter@{'a' * 40}", "--adapter", f"ann/other@{'c' * 40}:last one",
+        "--base-model", f"corp/base@{'b' * 40}", "--weight", "0.1", "--weight", "-0.25",
+        "--combination", "dare_ties", "--density", "0.5", "--majority-sign", "total", "--seed", "3",
+        "--dtype", "float16", "--quantized-base", "dequantize", "--trust-remote-code",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("verdict", [Verdict.FAIL, Verdict.INCONCLUSIVE])

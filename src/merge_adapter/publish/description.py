@@ -7,7 +7,7 @@ configs) is escaped: it must not mention people, load images or break out of its
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_adapter.publish.identity import Marker
@@ -93,16 +93,39 @@ def _evidence(report: Mapping[str, Any]) -> str:
 
 def _how_to_check(report: Mapping[str, Any], target: Target, number: int) -> list[str]:
     files = "Every file with its hash is listed in `merge_report.json`."
-    adapter, base = report["adapter"], report["base"]
-    if not adapter.get("revision") or not base.get("revision"):
+    adapters, base = report.get("adapters") or [report["adapter"]], report["base"]
+    if not all(entry.get("revision") for entry in (*adapters, base)):
         return [files]
-    command = [f"merge-adapter verify {target.repo_id}@refs/pr/{number}", f"--adapter {_pinned(adapter)}"]
-    if adapter.get("subfolder"):
-        command.append(f"--subfolder {shlex.quote(adapter['subfolder'])}")
+    command = [
+        f"merge-adapter verify {target.repo_id}@refs/pr/{number}",
+        *(f"--adapter {shlex.quote(_placed(entry))}" for entry in adapters),
+        f"--base-model {_pinned(base)}",
+        *_settings_that_verify_needs(report, adapters),
+    ]
     if target.path_in_repo:
         command.append(f"--merged-subfolder {shlex.quote(target.path_in_repo)}")
-    command.append(f"--base-model {_pinned(base)}")
     return ["To judge it again:", "", "```sh", " \\\n  ".join(command), "```", "", files]
+
+
+def _settings_that_verify_needs(
+    report: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The options of the merge without which another model would be expected."""
+    options = []
+    weights = [entry.get("weight", 1) for entry in adapters]
+    if any(weight != 1 for weight in weights):
+        options += [f"--weight {weight}" for weight in weights]
+    combination = dict(report.get("combination", {}))
+    if (kind := combination.pop("type", "sequential")) != "sequential":
+        options.append(f"--combination {kind}")
+    options += [f"--{name.replace('_', '-')} {value}" for name, value in combination.items()]
+    if (dtype := report["output"]["dtype"]) != "auto":
+        options.append(f"--dtype {dtype}")
+    if report["settings"]["quantized_base"] == "dequantize":  # an original stands as the base
+        options.append("--quantized-base dequantize")
+    if report["settings"]["trust_remote_code"]:
+        options.append("--trust-remote-code")
+    return options
 
 
 def _name(entry: Mapping[str, Any]) -> str:
@@ -111,6 +134,12 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 def _pinned(entry: Mapping[str, Any]) -> str:
     return f"{_name(entry)}@{entry['revision']}" if entry.get("revision") else _name(entry)
+
+
+def _placed(entry: Mapping[str, Any]) -> str:
+    """An adapter as the command line takes it, with its folder."""
+    folder = entry.get("subfolder")
+    return f"{_pinned(entry)}:{folder}" if folder else _pinned(entry)
 
 
 def _link(entry: Mapping[str, Any]) -> str:
