@@ -42,8 +42,8 @@ _UNFILLED = "[More Information Needed]"
 _UNFILLED_COUNT = 12
 """PEFT's template has about thirty of these; a card that kept so many says nothing."""
 _VERDICTS = {
-    Verdict.PASS: "The gate passed it: the merged model was compared with base + adapter and found equivalent.",
-    Verdict.FAIL: "**The gate failed it: the merged model does not answer as base + adapter does. Do not use it.**",
+    Verdict.PASS: "The merged model was compared with base + adapter and found equivalent.",
+    Verdict.FAIL: "**The merged model does not answer as base + adapter does. Do not use it.**",
     Verdict.INCONCLUSIVE: "**Equivalence with base + adapter was not shown. Check it before you use it.**",
 }
 
@@ -61,7 +61,7 @@ def write_card(
 ) -> OutputFile:
     """Write `destination`/README.md and return it.
 
-    `report` is merge_report.json as far as it exists. `table` is verdict, reasons and evidence as Markdown,
+    `report` is merge_report.json as far as it exists. `table` is evidence and reasons as Markdown,
     written by us; without it the card gives the reasons alone.
     `license` overrides what the sources state. `place` is the Hub id under which the model will be found,
     in its folder `subfolder`.
@@ -156,7 +156,12 @@ def _equivalence(report: Mapping[str, Any], table: str) -> str:
     verification = report.get("verification", {})
     verdict = Verdict(verification.get("verdict", Verdict.INCONCLUSIVE))
     reasons = "\n".join(f"- {sentence(str(reason))}" for reason in verification.get("reasons", ()))
-    parts = [f"## Equivalence: {verdict.value}", _VERDICTS[verdict], table.strip() or reasons]
+    explained = f"[What the checks mean]({PROJECT}/blob/main/docs/equivalence.md)."
+    parts = [
+        f"## Equivalence: {verdict.value}",
+        f"{_VERDICTS[verdict]} {explained}",
+        table.strip() or reasons,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -60,7 +60,7 @@ class Work:
 def write_reports(folder: Path, work: Work, publishing: PublishSettings | None) -> dict[str, Any]:
     """Card, page and merge_report.json, the last of which names every other file."""
     from merge_adapter.card import write_card
-    from merge_adapter.report.evidence import verdict_markdown
+    from merge_adapter.report.evidence import evidence_markdown
     from merge_adapter.report.page import write_page
 
     draft = work.document()
@@ -70,7 +70,7 @@ def write_reports(folder: Path, work: Work, publishing: PublishSettings | None) 
         sources=work.sources,
         plan=work.plan,
         report=draft,
-        table=verdict_markdown(draft["verification"]),
+        table=evidence_markdown(draft["verification"]),
         license=work.license,
         place=target.repo_id if target is not None else None,
         subfolder=target.path_in_repo if target is not None else "",

@@ -37,7 +37,12 @@ def verdict_rows(verification: Mapping[str, Any]) -> tuple[Row, ...]:
 def verdict_markdown(verification: Mapping[str, Any]) -> str:
     """Verdict, table and reasons as GitHub and Hub Markdown."""
     verdict = Verdict(verification["verdict"])
-    lines = [f"**Equivalence: {_ICONS[verdict]} {verdict.value}**", ""]
+    return f"**Equivalence: {_ICONS[verdict]} {verdict.value}**\n\n{evidence_markdown(verification)}"
+
+
+def evidence_markdown(verification: Mapping[str, Any]) -> str:
+    """Table and reasons, for a place whose heading is the verdict."""
+    lines: list[str] = []
     rows = verdict_rows(verification)
     if rows:
         lines += ["| check | result | evidence |", "|---|---|---|"]
