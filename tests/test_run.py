@@ -1,5 +1,6 @@
 """The whole job against a running Hub, as a user runs it: processes, environment variables, exit codes."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -297,6 +298,31 @@ def test_a_hub_that_does_not_answer_is_exit_5(tmp_path: Path, lm_adapter: Path) 
     )
     assert finished.returncode == ExitCode.REMOTE, finished.stderr
     assert "127.0.0.1:9" in finished.stderr
+
+
+def test_the_published_card_loads_the_model_from_where_it_was_published(
+    place: Place, lm_base: Path, lm_adapter: Path, tmp_path: Path
+) -> None:
+    """Of a folder whose target nobody knew when it was merged; the folder itself stays as it was."""
+    output = tmp_path / "merged"
+    merged = place.run("merge", lm_adapter, "--base-model", lm_base, "-o", output, "--no-verify", "-q")
+    assert merged.returncode == ExitCode.DONE, merged.stderr
+    before = (output / "README.md").read_bytes()
+    for folder in ("", "of/last"):
+        arguments = ("--target-repo", "runner/chosen", "--path-in-repo", folder, "--json", "-q")
+        published = place.run("publish", output, *arguments)
+        revision = json.loads(published.stdout)["publication"]["commit"]
+        there = Path(place.api.snapshot_download("runner/chosen", revision=revision)) / folder
+        card = (there / "README.md").read_text()
+        assert '("runner/chosen"' in card and "path/to/this/folder" not in card
+        assert (f'"/{folder}"' in card) == bool(folder)
+        (listed,) = [
+            entry
+            for entry in json.loads((there / "merge_report.json").read_text())["output"]["files"]
+            if entry["path"] == "README.md"
+        ]
+        assert listed["sha256"] == hashlib.sha256(card.encode()).hexdigest()
+    assert (output / "README.md").read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments", [("--merged-subfolder", "nope"), ()], ids=["folder", "adapter"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 PROJECT = "https://github.com/merge-adapter/merge-adapter"
 REPORT = "merge_report.json"
+_EXAMPLE = re.compile(r"^## How to use\n\n```python\n.*?^```", re.DOTALL | re.MULTILINE)
 _UNFILLED = "[More Information Needed]"
 _UNFILLED_COUNT = 12
 """PEFT's template has about thirty of these; a card that kept so many says nothing."""
@@ -72,7 +74,7 @@ def write_card(
     sections = [
         front_matter(metadata(sources, config, base, adapter, decision.licence)),
         _introduction(sources),
-        _usage(destination, sources, config, place, subfolder),
+        _usage(destination, config, place or _default_place(sources), subfolder),
         _provenance(sources, plan, report),
         _equivalence(report, table),
         _limits(sources, report),
@@ -87,6 +89,16 @@ def write_card(
     return OutputFile(README, len(content), hashlib.sha256(content).hexdigest(), FileOrigin.WRITTEN)
 
 
+def readdressed(card: str, folder: Path, place: str, subfolder: str) -> str:
+    """A card that `write_card` wrote, its example for the model at `place`; one without an example as it is."""
+
+    def usage(_: re.Match[str]) -> str:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _usage(folder, config, place, subfolder)
+
+    return _EXAMPLE.sub(usage, card, count=1)
+
+
 def _introduction(sources: Resolved) -> str:
     names = " and ".join(_linked(adapter.repository.origin) for adapter in sources.adapters)
     title = _short_name(sources.adapter.repository.origin)
@@ -98,11 +110,8 @@ def _introduction(sources: Resolved) -> str:
     )
 
 
-def _usage(
-    folder: Path, sources: Resolved, config: Mapping[str, Any], place: str | None, subfolder: str
-) -> str:
-    name = place or _default_place(sources)
-    shown = snippet(folder, config, place=name, subfolder=subfolder, code_needed=AUTO_MAP in config)
+def _usage(folder: Path, config: Mapping[str, Any], place: str, subfolder: str) -> str:
+    shown = snippet(folder, config, place=place, subfolder=subfolder, code_needed=AUTO_MAP in config)
     return f"## How to use\n\n```python\n{shown}```"
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_adapter.card import readdressed
 from merge_adapter.errors import InputError
 from merge_adapter.licences import read_licence
-from merge_adapter.publish.settings import PublishSettings
+from merge_adapter.packaging.metadata import README
+from merge_adapter.publish.settings import PublishSettings, Target
 from merge_adapter.report.document import REPORT_FILE, dump
 from merge_adapter.types import Progress
 
@@ -80,9 +82,37 @@ def check_contents(
     return (*files, *elsewhere, _report_file(root, report))
 
 
+def addressed(
+    files: tuple[LocalFile, ...], report: Mapping[str, Any], folder: Path, target: Target, room: Path
+) -> tuple[tuple[LocalFile, ...], Mapping[str, Any]]:
+    """`files` and `report` with a card whose example loads the model from `target`.
+
+    Where a folder goes was not known when it was merged. The new card and its report are written to `room`; the folder
+    stays as it is.
+    """
+    card = next((file for file in files if file.path == README), None)
+    if card is None or card.place is None:
+        return files, report
+    text = card.place.read_text(encoding="utf-8", errors="replace")
+    content = readdressed(text, folder, target.repo_id, target.path_in_repo).encode()
+    if content == text.encode():
+        return files, report
+    new = LocalFile(README, room / README, len(content), sha256_of([content]))
+    (room / README).write_bytes(content)
+    output = report["output"]
+    entries = [
+        entry | {"bytes": new.bytes, "sha256": new.sha256} if entry["path"] == README else entry
+        for entry in output["files"]
+    ]
+    report = {**report, "output": {**output, "files": entries}}
+    (room / REPORT_FILE).write_text(dump(report), encoding="utf-8")
+    kept = tuple(file for file in files if file.path not in (README, REPORT_FILE))
+    return (new, *kept, _report_file(room, report)), report
+
+
 def check_card(folder: Path, settings: PublishSettings, *, hub: Hub) -> None:
     """Raise InputError for a card that the Hub would refuse, or that does not state the licence that was given."""
-    place = folder / "README.md"
+    place = folder / README
     if not place.is_file():
         return
     if settings.license is not None and settings.licence is not None:

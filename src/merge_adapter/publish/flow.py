@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from merge_adapter.errors import HubError, InputError, NotFoundError, PolicyError
 from merge_adapter.hub import Commit, ConflictError, PullRequest, PullRequests, Upload
 from merge_adapter.hub import commit as commit_to_hub
 from merge_adapter.publish import description
-from merge_adapter.publish.contents import Gone, LocalFile, check_card, check_contents
+from merge_adapter.publish.contents import Gone, LocalFile, addressed, check_card, check_contents
 from merge_adapter.publish.identity import Identity, Marker, find_marker, identity_of_report
 from merge_adapter.publish.settings import PublishSettings, Target
 from merge_adapter.publish.standing import of_lane, on_main, on_pull, published_as
@@ -111,25 +112,27 @@ def publish(
     if verification.verdict is not Verdict.PASS and settings.on_fail is OnFail.DISCARD and not pending:
         progress.note(f"Nothing is published: the verdict is {verification.verdict.value}.")
         return None
-    job = _Job(
-        report=report,
-        verdict=verification.verdict,
-        files=files,
-        identity=identity_of_report(report, settings.target.path_in_repo),
-        target=settings.target,
-        settings=settings,
-        hub=hub,
-        progress=progress,
-        held_at=held_at,
-        pending=pending,
-    )
-    for round_ in range(_ROUNDS):
-        try:
-            return _publish_once(job)
-        except ConflictError:
-            if round_ == _ROUNDS - 1:
-                raise
-            progress.note(f"{job.target.repo_id} changed meanwhile; looking again.")
+    with TemporaryDirectory(prefix="merge-adapter-card-") as room:
+        files, report = addressed(files, report, folder, settings.target, Path(room))
+        job = _Job(
+            report=report,
+            verdict=verification.verdict,
+            files=files,
+            identity=identity_of_report(report, settings.target.path_in_repo),
+            target=settings.target,
+            settings=settings,
+            hub=hub,
+            progress=progress,
+            held_at=held_at,
+            pending=pending,
+        )
+        for round_ in range(_ROUNDS):
+            try:
+                return _publish_once(job)
+            except ConflictError:
+                if round_ == _ROUNDS - 1:
+                    raise
+                progress.note(f"{job.target.repo_id} changed meanwhile; looking again.")
     raise AssertionError("at least one round is made")
 
 
