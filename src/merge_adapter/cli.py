@@ -44,7 +44,10 @@ app = typer.Typer(
     name="merge-adapter",
     help="Merge a PEFT adapter into its base model, prove that the result answers as base + adapter does, "
     "and offer it on the Hugging Face Hub.",
-    epilog="Start with: merge-adapter plan OWNER/ADAPTER",
+    epilog="Start with: merge-adapter plan OWNER/ADAPTER\n\n"
+    "Exit codes: 0 done, 1 a bug, 2 bad input, 3 cannot be merged, 4 not shown to be equivalent, "
+    "5 the Hub or GitHub failed or refused, 6 refused by policy.\n\n"
+    "Documentation: https://github.com/merge-adapter/merge-adapter",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -110,7 +113,7 @@ def merge(
     gate: GateOptions,
     show: OutputOptions,
 ) -> None:
-    """Merge into a folder: weights, tokenizer, card, merge_report.json. Verified unless told otherwise."""
+    """Merge into a folder, and verify the result: weights, tokenizer, model card and merge_report.json."""
     from merge_adapter.pipeline import merge_to_folder
     from merge_adapter.report.terminal import show_merged
 
@@ -149,7 +152,7 @@ def verify(
     mutants: opt.Mutants = False,
     show: OutputOptions,
 ) -> None:
-    """Judge any merged checkpoint against base + adapter, whoever made it. Changes nothing."""
+    """Check whether a merged model, whoever made it, is equivalent to base + adapter. Changes nothing."""
     from merge_adapter.pipeline import verify_merged
     from merge_adapter.report import document
     from merge_adapter.report.terminal import show_mutants, show_verdict
@@ -186,7 +189,7 @@ def plan(
     how: MergeOptions,
     json: opt.Json = False,
 ) -> None:
-    """Tell what a merge would do: base, method, changes, bytes, memory, disk. Reads configs and headers alone."""
+    """Show what a merge would do and need. Reads only configs and file headers, and changes nothing."""
     from merge_adapter.pipeline import plan_merge
     from merge_adapter.report.terminal import plan_document, show_plan
 
@@ -215,7 +218,7 @@ def run_(
     gate: GateOptions,
     show: OutputOptions,
 ) -> None:
-    """Resolve, merge, verify and publish. The same sources and settings are published once."""
+    """Merge, verify, and publish to the Hub. Running it again on the same sources changes nothing."""
     from merge_adapter import pipeline
     from merge_adapter.sizes import parse_bytes
 
@@ -237,7 +240,7 @@ def publish(
     publishing: PublishOptions,
     show: OutputOptions,
 ) -> None:
-    """Publish a folder merged earlier, by its report and under the same rules."""
+    """Publish a folder that was merged earlier, under the same rules as run."""
     from merge_adapter import pipeline
 
     outcome = pipeline.publish_folder(folder, publishing.settings(), hub=_hub(), progress=_progress(show))
@@ -246,7 +249,7 @@ def publish(
 
 @app.command()
 def action() -> None:
-    """The GitHub Action's entry point: reads its inputs and the event from the environment."""
+    """Run as the GitHub Action: inputs and event come from the environment."""
     from merge_adapter.action import main as run_action
 
     raise typer.Exit(run_action())
@@ -255,10 +258,11 @@ def action() -> None:
 @app.command()
 def demo(
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the embedded Hub up, for a browser, until Ctrl-C.")
+        bool,
+        typer.Option("--keep", help="Keep the embedded Hub running, to look at in a browser, until Ctrl-C."),
     ] = False,
 ) -> None:
-    """The whole job on an embedded Hub: an adapter is pushed, merged, verified, and offered as a pull request."""
+    """Watch the whole job on an embedded Hub: push, webhook, merge, verification, pull request."""
     from merge_adapter.demo import run_demo
 
     run_demo(keep=keep, console=_console())

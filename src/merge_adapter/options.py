@@ -41,13 +41,16 @@ MergedArgument = Annotated[
     str,
     typer.Argument(
         metavar="MERGED",
-        help="The merged checkpoint, whoever made it: a folder or a Hub id (refs/pr/N works).",
+        help="The merged model, whoever made it: a folder, or a Hub id such as owner/name@refs/pr/1.",
     ),
 ]
 MergedSubfolder = Annotated[
     str,
     typer.Option(
-        "--merged-subfolder", metavar="PATH", help="Where in MERGED the model lies.", rich_help_panel=_SOURCES
+        "--merged-subfolder",
+        metavar="PATH",
+        help="Folder of the model inside MERGED.",
+        rich_help_panel=_SOURCES,
     ),
 ]
 BaseModelOption = Annotated[
@@ -55,7 +58,7 @@ BaseModelOption = Annotated[
     typer.Option(
         "--base-model",
         metavar="ID|DIR",
-        help="The base model, when it is not the one that adapter_config.json names.",
+        help="The base model, if not the one named in adapter_config.json.",
         rich_help_panel=_SOURCES,
     ),
 ]
@@ -70,7 +73,7 @@ Subfolder = Annotated[
     typer.Option(
         "--subfolder",
         metavar="PATH",
-        help="Where in the adapter's repository it lies.",
+        help="Folder of the adapter inside its repository.",
         rich_help_panel=_SOURCES,
     ),
 ]
@@ -89,7 +92,7 @@ Weights = Annotated[
     typer.Option(
         "--weight",
         metavar="W",
-        help="What the update is multiplied with; once per adapter, in their order.",
+        help="Factor for an adapter's update. Repeat it, once per adapter, in the same order.",
         rich_help_panel=_SEVERAL,
         show_default="1 each",
     ),
@@ -98,7 +101,8 @@ CombinationOption = Annotated[
     CombinationType,
     typer.Option(
         "--combination",
-        help="sequential adds the weighted updates up; the others are PEFT's add_weighted_adapter.",
+        help="How several adapters become one: sequential adds the weighted updates; the others are those of "
+        "PEFT's add_weighted_adapter.",
         rich_help_panel=_SEVERAL,
     ),
 ]
@@ -107,14 +111,18 @@ Density = Annotated[
     typer.Option(
         "--density",
         metavar="PART",
-        help="ties, dare, magnitude_prune: the part of the values that is kept.",
+        help="For ties, dare and magnitude_prune: the share of values to keep, above 0 and up to 1.",
         rich_help_panel=_SEVERAL,
         show_default=False,
     ),
 ]
 MajoritySignOption = Annotated[
     MajoritySign,
-    typer.Option("--majority-sign", help="ties, dare_ties: how signs are elected.", rich_help_panel=_SEVERAL),
+    typer.Option(
+        "--majority-sign",
+        help="For ties and dare_ties: how the sign of each value is chosen.",
+        rich_help_panel=_SEVERAL,
+    ),
 ]
 SvdRank = Annotated[
     int | None,
@@ -122,13 +130,13 @@ SvdRank = Annotated[
         "--svd-rank",
         metavar="R",
         min=1,
-        help="svd: the rank that is kept.",
+        help="For svd: the rank to keep.",
         rich_help_panel=_SEVERAL,
         show_default="the largest of the adapters'",
     ),
 ]
 CombinationSeed = Annotated[
-    int, typer.Option("--seed", help="Of dare's random pruning.", rich_help_panel=_SEVERAL)
+    int, typer.Option("--seed", help="Seed for the random pruning of dare.", rich_help_panel=_SEVERAL)
 ]
 OutputFolder = Annotated[
     Path,
@@ -136,36 +144,43 @@ OutputFolder = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="The folder to make. Nothing is overwritten.",
+        help="Folder to create. It must not exist, or be empty: nothing is overwritten.",
         show_default=False,
     ),
 ]
 KeepFolder = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", metavar="DIR", help="Keep the merged folder here.", rich_help_panel=_OUTPUT
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Also keep the merged model in this folder.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 DTypeOption = Annotated[
     DType,
-    typer.Option(help="Of the merged weights; auto keeps each tensor's own.", rich_help_panel=_MERGE),
+    typer.Option(
+        help="Type of the merged weights; auto keeps that of each tensor in the base.", rich_help_panel=_MERGE
+    ),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.", rich_help_panel=_MERGE),
+    typer.Option(metavar="auto|cpu|cuda[:N]", help="Device to compute on.", rich_help_panel=_MERGE),
 ]
 StrategyOption = Annotated[
     Strategy,
     typer.Option(
-        help="stream: row blocks of the files, little memory. memory: PEFT's merge on the loaded model.",
+        help="stream works on the files, piece by piece, in little memory; memory loads the model and lets PEFT merge "
+        "it; auto streams wherever it can.",
         rich_help_panel=_MERGE,
     ),
 ]
 QuantizedBaseOption = Annotated[
     QuantizedBase,
     typer.Option(
-        help="What to merge into when the base is stored quantised: its dequantised weights, or the 16-bit "
-        "original that its card names.",
+        help="For a base stored quantised: refuse it, merge into its dequantised weights, or into the 16-bit original "
+        "that its card names.",
         rich_help_panel=_MERGE,
     ),
 ]
@@ -173,7 +188,8 @@ SoftPromptOption = Annotated[
     SoftPrompt,
     typer.Option(
         "--soft-prompt",
-        help="tokens: prompt tuning and P-tuning become new tokens that the tokenizer puts in front.",
+        help="For prompt tuning and P-tuning: refuse them, or turn the prompt into new tokens that the tokenizer puts "
+        "in front of every text.",
         rich_help_panel=_MERGE,
     ),
 ]
@@ -181,13 +197,15 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run and publish the Python files of the base's repository.",
+        help="Allow the Python files in the base's repository to be run and published.",
         rich_help_panel=_MERGE,
     ),
 ]
 NoVerify = Annotated[
     bool,
-    typer.Option("--no-verify", help="Skip the equivalence gate; the report says so.", rich_help_panel=_GATE),
+    typer.Option(
+        "--no-verify", help="Skip the equivalence check. The report will say so.", rich_help_panel=_GATE
+    ),
 ]
 ProbeTokens = Annotated[
     int | None,
@@ -195,7 +213,7 @@ ProbeTokens = Annotated[
         "--probe-tokens",
         min=16,
         metavar="N",
-        help="Tokens for the output test: its cost.",
+        help="Number of tokens for the output test. More take longer; the default is as many as the verdict needs.",
         rich_help_panel=_GATE,
     ),
 ]
@@ -206,7 +224,7 @@ Probes = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Own probe texts beside the built-in ones: a text per line, or JSON lines.",
+        help="File with texts of your own to test on, beside the built-in ones: one per line, or JSON lines.",
         rich_help_panel=_GATE,
     ),
 ]
@@ -214,7 +232,7 @@ DatasetProbes = Annotated[
     bool,
     typer.Option(
         "--dataset-probes/--no-dataset-probes",
-        help="Ask about a few documents of the public data sets that the adapter's card names.",
+        help="Also test on a few documents from the public data sets that the adapter's card names.",
         rich_help_panel=_GATE,
     ),
 ]
@@ -225,14 +243,19 @@ Mutants = Annotated[
     ),
 ]
 PublishOption = Annotated[
-    PublishTo, typer.Option("--publish", help="Where the merged model goes.", rich_help_panel=_PUBLISH)
+    PublishTo,
+    typer.Option(
+        "--publish",
+        help="Open a pull request, commit to the target's main branch, or publish nothing.",
+        rich_help_panel=_PUBLISH,
+    ),
 ]
 TargetRepo = Annotated[
     str | None,
     typer.Option(
         "--target-repo",
         metavar="ID",
-        help="The repository.",
+        help="Repository to publish to, OWNER/NAME.",
         rich_help_panel=_PUBLISH,
         show_default="ADAPTER-merged",
     ),
@@ -241,7 +264,7 @@ Private = Annotated[
     bool | None,
     typer.Option(
         "--private/--public",
-        help="Of a repository that has to be made; private sources always give a private one.",
+        help="Whether a repository that has to be created is private. With private or gated sources it always is.",
         rich_help_panel=_PUBLISH,
         show_default=False,
     ),
@@ -251,7 +274,7 @@ PathInRepo = Annotated[
     typer.Option(
         "--path-in-repo",
         metavar="PATH",
-        help="Folder inside the target repository; a pull request to the adapter's own needs one.",
+        help="Folder inside the target repository. The default is its root, or merged in the adapter's own repository.",
         rich_help_panel=_PUBLISH,
     ),
 ]
@@ -259,7 +282,7 @@ OnFailOption = Annotated[
     OnFail,
     typer.Option(
         "--on-fail",
-        help="A merge that did not pass: leave a draft with the evidence, or publish nothing.",
+        help="If the merge does not pass: leave a draft with the evidence, or publish nothing.",
         rich_help_panel=_PUBLISH,
     ),
 ]
@@ -268,7 +291,7 @@ LicenseOption = Annotated[
     typer.Option(
         "--license",
         metavar="ID",
-        help="The merged model's licence, where base and adapter disagree.",
+        help="Licence of the merged model, if those of base and adapter conflict.",
         rich_help_panel=_PUBLISH,
     ),
 ]
@@ -286,13 +309,17 @@ DiskBudget = Annotated[
     typer.Option(
         "--disk-budget",
         metavar="SIZE",
-        help="Use no more disk than this, such as 6GB: shards pass through one after another.",
+        help="Disk space to stay within, such as 6GB. A model that needs more is merged and uploaded shard by shard.",
         rich_help_panel=_MERGE,
         show_default=False,
     ),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="One JSON document on stdout, the rest on stderr.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--json",
+        help="Print one JSON document on stdout, everything else on stderr.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=_OUTPUT)]

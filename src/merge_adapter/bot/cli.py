@@ -20,7 +20,7 @@ _NEEDED = ("fastapi", "uvicorn", "jinja2", "cryptography")
 
 webhook_app = typer.Typer(
     name="webhook",
-    help="Set up the Hub side of the bot: who calls it, and whether it answers.",
+    help="Set up and test the Hub webhooks that call the bot.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,13 +52,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default=False)] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Queue, logs and reports.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the queue, logs and reports.", show_default=False),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Jobs at the same time.", show_default=False)
+        int | None, typer.Option(min=0, help="Number of jobs to run at the same time.", show_default=False)
     ] = None,
 ) -> None:
-    """Run the Hub bot: webhooks in, verified merges out, and a page to watch it."""
+    """Run the Hub bot: it merges what is pushed, and has a page to watch it."""
     settings = _settings(config, host=host, port=port, data=data, workers=workers)
     from merge_adapter.bot.server import serve as run
 
@@ -70,9 +71,9 @@ def create(
     url: Annotated[str, typer.Argument(metavar="URL", help="Where the bot is reached: https://HOST/webhook")],
     config: Config = None,
 ) -> None:
-    """Make the Hub call the bot for pushes and comments of the owners that it watches.
+    """Make the Hub call the bot when something is pushed or commented on in the repositories that it watches.
 
-    Where a webhook calls this URL already, it is changed: give the command again after changing secret or owners.
+    A webhook that already calls this URL is updated: run the command again after changing the secret or the owners.
     """
     from merge_adapter.bot.probe import check_url
     from merge_adapter.hub.catalogue import set_webhook
@@ -97,7 +98,7 @@ def create(
 
 @webhook_app.command(name="list")
 def list_(config: Config = None) -> None:
-    """The webhooks of the bot's account."""
+    """List the webhooks of the bot's account."""
     from merge_adapter.hub.catalogue import list_webhooks
 
     found = list_webhooks(_hub(_settings(config)))
@@ -126,12 +127,14 @@ def test(
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="Send the newest push of this adapter too: a real job.", show_default=False
+            metavar="ID",
+            help="Also send the newest push of this adapter, which starts a real job.",
+            show_default=False,
         ),
     ] = None,
     config: Config = None,
 ) -> None:
-    """Send sample events to a running bot: a forged one, a harmless one, and with --adapter a real one."""
+    """Send test events to a running bot: a forged one, a harmless one and, with --adapter, a real one."""
     from merge_adapter.bot.probe import probe
 
     settings = _settings(config)
@@ -147,25 +150,31 @@ def backfill(
         list[str] | None, typer.Option(metavar="OWNER", help="All adapters of this owner (repeatable).")
     ] = None,
     collection: Annotated[
-        list[str] | None, typer.Option(metavar="SLUG", help="The models of this collection (repeatable).")
+        list[str] | None, typer.Option(metavar="SLUG", help="All adapters in this collection (repeatable).")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, help="Adapter ids, one per line; # comments."
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="File with adapter ids, one per line; # starts a comment.",
         ),
     ] = None,
-    go: Annotated[bool, typer.Option("--go", help="Do it; without this only the table is shown.")] = False,
-    parallel: Annotated[int, typer.Option(min=1, help="Jobs at the same time.")] = 2,
+    go: Annotated[
+        bool, typer.Option("--go", help="Merge them. Without this, only the table is shown.")
+    ] = False,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of jobs to run at the same time.")] = 2,
     config: Config = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Queue, logs and reports.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the queue, logs and reports.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Merge what was missed: adapters without an up-to-date merge. Shows a table; --go carries it out.
+    """Find adapters without an up-to-date merge and show them; with --go, merge them.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped continues when the same command is given again.
     """
     from merge_adapter.bot.backfill_command import run_backfill
 
