@@ -21,7 +21,6 @@ from merge_adapter.bot.housekeeping import Housekeeping
 from merge_adapter.bot.inbox import Inbox
 from merge_adapter.bot.intake import Intake
 from merge_adapter.bot.jobs import Job, JobOptions, JobRequest, JobState, Outcome, Reply, Source
-from merge_adapter.bot.logs import log, log_to
 from merge_adapter.bot.queue import Hold, Queue
 from merge_adapter.bot.rows import find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE, Interrupted, Watch
@@ -276,15 +275,6 @@ def test_a_log_that_cannot_be_written_holds_up_no_job(tmp_path: Path) -> None:
     watch.line('{"stage": "merge", "done": 1, "total": 2, "unit": "bytes"}')
     assert watch.stage is not None and watch.stage.label == "merge"
     watch.close()
-
-
-def test_a_log_without_room_ends_no_thread() -> None:
-    """What logs that something failed must be able to go on, or the bot stands still for want of a line."""
-    log_to("/dev/full")
-    try:
-        log("slot-failed", error="the disk is full")
-    finally:
-        log_to("")
 
 
 _LAST_WORDS = """

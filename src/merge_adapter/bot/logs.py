@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
+
 from merge_adapter.errors import StorageError
+from merge_adapter.hub.access import redact
 
 _lock = threading.Lock()
 _file: Path | None = None
 
 
-def log_to(path: str) -> None:
-    """Write lines to the end of this file from now on; "" for stderr. For the process as a whole, as stderr is.
+@contextmanager
+def logging_to(path: str) -> Iterator[None]:
+    """Write lines to the end of this file during the block; "" for stderr. For the process as a whole, as stderr is.
 
+    What libraries log and warn of becomes lines too: whoever reads JSON reads nothing else.
     Raises StorageError for a file that cannot be written.
     """
     global _file  # where a process writes its log is a fact of the process
@@ -29,7 +37,17 @@ def log_to(path: str) -> None:
             raise StorageError(
                 f"the log {path} cannot be written: {error.strerror}", hint="Change the setting log_file."
             ) from error
-    _file = Path(path) if path else None
+    before, _file = _file, Path(path) if path else None
+    lines, hub = _LibraryLines(logging.WARNING), hub_logging.get_logger()
+    own, hub.handlers = hub.handlers, []  # the client writes to stderr by itself
+    logging.getLogger().addHandler(lines)
+    logging.captureWarnings(capture=True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(capture=False)
+        logging.getLogger().removeHandler(lines)
+        hub.handlers, _file = own, before
 
 
 def log(event: str, **facts: Any) -> None:
@@ -50,3 +68,11 @@ def log(event: str, **facts: Any) -> None:
         else:
             with _file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+class _LibraryLines(logging.Handler):
+    """Python's log records as lines of ours, tracebacks included."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact(logging.Formatter().format(record))
+        log("library", logger=record.name, level=record.levelname.lower(), text=text)

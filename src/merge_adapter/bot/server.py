@@ -21,7 +21,7 @@ from merge_adapter.bot.app import Parts, make_app
 from merge_adapter.bot.housekeeping import Housekeeping
 from merge_adapter.bot.inbox import Inbox
 from merge_adapter.bot.intake import Intake
-from merge_adapter.bot.logs import log, log_to
+from merge_adapter.bot.logs import log, logging_to
 from merge_adapter.bot.queue import Queue
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.store import Store
@@ -71,8 +71,8 @@ def start(settings: BotSettings) -> Iterator[RunningBot]:
         runner_for(settings)  # its own settings are checked before anything starts
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_server(settings))
-        log_to(settings.log_file)
-        stack.callback(log_to, "")
+        stack.enter_context(logging_to(settings.log_file))
+        stack.callback(log, "stopped")
         store = stack.enter_context(Store(settings.database))
         queue, inbox = queue_for(store, settings), Inbox(store)
         listener = _listen(settings)
@@ -112,7 +112,6 @@ def serve(settings: BotSettings) -> None:
     with start(settings) as bot:
         print(bot.url, flush=True)  # noqa: T201  # the one result of this command: where it listens
         stop.wait()
-    log("stopped")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_adapter.bot.jobs import JobState, Outcome, Stage
-from merge_adapter.bot.logs import log, log_to
+from merge_adapter.bot.logs import log, logging_to
 from merge_adapter.bot.queue import Hold, Lease, Queue, RetryRule
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.runners.base import Interrupted, Runner, Watch
@@ -288,19 +288,27 @@ def main() -> int:
     if not line:
         return 0
     settings = settings_from_line(line)
-    log_to(settings.log_file)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
+    with logging_to(settings.log_file):
+        try:
+            _work(settings, stop)
+        except MergeAdapterError as error:  # the server starts another, later
+            log("worker-failed", pid=os.getpid(), error=error.message)
+            return int(error.exit_code)
+        log("worker-stopped", pid=os.getpid())
+    return 0
+
+
+def _work(settings: BotSettings, stop: threading.Event) -> None:
     with Store(settings.database) as store:
         worker = Worker(queue_for(store, settings), runner_for(settings), settings, open_vault(settings))
         worker.start()
         log("worker-ready", pid=os.getpid(), slots=settings.workers, runner=settings.runner.value)
         stop.wait()
         worker.stop()
-    log("worker-stopped", pid=os.getpid())
-    return 0
 
 
 def _watch_parent(stop: threading.Event) -> None:
