@@ -15,14 +15,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from merge_adapter.bot.jobs import JobKind, JobOptions, JobRequest, JobState, Outcome, Source
+from merge_adapter.bot.jobs import Job, JobKind, JobOptions, JobRequest, JobState, Outcome, Source
 from merge_adapter.bot.pages import login
 from merge_adapter.bot.pages.render import static_file
+from merge_adapter.bot.queue import Lease, Queue
 from merge_adapter.bot.rows import find_job, list_jobs
 from merge_adapter.bot.runners.base import LOG_FILE
 from merge_adapter.bot.server import RunningBot, start
 from merge_adapter.bot.submission import Submitted
 from merge_adapter.bot.vault import open_vault
+from merge_adapter.errors import StorageError
 from merge_adapter.hub.oauth import Login
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -73,6 +75,23 @@ def logged_in(bot: RunningBot, user: str, token: str, *, member: str = "", write
     jar, parts = _Jar(), login.Parts(bot.settings, bot.queue, bot.inbox, open_vault(bot.settings))
     login.begin_session(jar, Login(user, (member,), token, 3600.0, (writes,)), parts)  # type: ignore[arg-type]
     return jar
+
+
+def running(bot: RunningBot, adapter: str, **changes: Any) -> str:
+    """A job that worker "w" has for ever."""
+    submission = bot.queue.submit(JobRequest(adapter, "a" * 40, Source.WEBHOOK, private=False, **changes))
+    assert isinstance(submission, Submitted)
+    for_ever = Queue(bot.queue.store, lease_seconds=1e6)
+    while (lease := for_ever.claim("w")) is not None:
+        if lease.job.id == submission.job_id:
+            return submission.job_id
+    raise AssertionError("somebody else has it")
+
+
+def found_job(bot: RunningBot, job_id: str) -> Job:
+    job = find_job(bot.queue.store, job_id)
+    assert job is not None
+    return job
 
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -226,6 +245,43 @@ def test_what_is_not_the_askers_fault_is_not_called_so(bot: RunningBot, settings
     assert "the bot&#39;s store" in get(bot, "/", cookie=ada)[1]
 
 
+def test_a_bug_has_a_page_of_its_own(bot: RunningBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like every other error, and without a word of what the exception said."""
+    monkeypatch.setattr("merge_adapter.bot.pages.views.list_jobs", lambda *_, **__: 1 / 0)
+    status, page, headers = get(bot, "/jobs")
+    assert status == 500 and "merge-adapter has a bug" in page and "division" not in page
+    assert "script-src 'self'" in headers["Content-Security-Policy"]
+
+
+def test_a_publication_that_tells_little_is_shown(bot: RunningBot) -> None:
+    """What ran elsewhere may be of another version: no field of it is sure to be there."""
+    pages = []
+    for number, publication in enumerate(({"url": f"{bot.url}/ada/x"}, {"url": f"{bot.url}/x", "number": 7})):
+        job_id = running(bot, f"ada/x{number}")
+        lease = Lease(found_job(bot, job_id), "w", 1)
+        bot.queue.finish(lease, Outcome(JobState.DONE, 0, verdict="pass", publication=publication))
+        status, page, _ = get(bot, f"/jobs/{job_id}")
+        assert status == 200
+        pages.append(page)
+    assert "Open the repository" in pages[0] and "Open pull request 7" in pages[1]
+
+
+def test_an_open_job_tells_what_comes_next(bot: RunningBot) -> None:
+    """One that is being stopped offers no second stop; one that waits for another try asks nothing of anybody."""
+    ada = logged_in(bot, "ada", "hf_ada")
+    stopping = running(bot, "ada/stopping")
+    assert "Cancel this job" in get(bot, f"/jobs/{stopping}", cookie=ada.cookie)[1]
+    bot.queue.cancel(stopping, reason="cancelled by ada")
+    page = get(bot, f"/jobs/{stopping}", cookie=ada.cookie)[1]
+    assert "Stopping: cancelled by ada" in page and "Starting" not in page and "Cancel this job" not in page
+    waiting = running(bot, "ada/waiting")
+    failure = Outcome(JobState.FAILED, 5, "the connection failed", "Run the same command again.")
+    bot.queue.retry(Lease(found_job(bot, waiting), "w", 1), failure)
+    page = get(bot, f"/jobs/{waiting}")[1]
+    assert "Tried once; next try at" in page and "the connection failed" in page
+    assert "the same command" not in page
+
+
 def test_a_user_has_a_limit_and_their_token_is_kept_sealed(bot: RunningBot, push_adapter: Any) -> None:
     repo_id, _ = push_adapter("ada/limits")
     ada = logged_in(bot, "ada", "hf_ada")
@@ -266,6 +322,55 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+_LINES = "e => { const text = document.createRange(); text.selectNodeContents(e); return text.getClientRects().length }"
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_long_names_and_messages_break_no_page(bot: RunningBot, browser: Any, width: int) -> None:
+    """Strangers choose names and messages: no page is wider than its window, no other cell loses its words."""
+    word = "x" * 96
+    options = JobOptions(target_repo=f"ada/{word}", base_model=f"ada/{word}", adapters=(f"ada/{word}@v1",))
+    long = running(bot, f"ada/{word}", subfolder=word, options=options)
+    url = f"https://example.org/{word * 3}"
+    outcome = Outcome(JobState.REFUSED, 2, url, url, publication={"url": url, "operation": word})
+    bot.queue.finish(Lease(found_job(bot, long), "w", 1), outcome)
+    logged = running(bot, f"ada/{word}", subfolder=f"{word}/{word}")
+    folder = bot.settings.job_folder(logged)
+    folder.mkdir(parents=True)
+    (folder / LOG_FILE).write_text(f"{word * 4}\n" * 100)
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    for path in ("/", "/jobs", f"/jobs/{long}", f"/jobs/{logged}"):
+        page.goto(f"{bot.url}{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    end = page.locator(".log pre").bounding_box()
+    seen = page.locator(".log").bounding_box()
+    assert end["y"] < seen["y"], "the log is longer than what is shown of it"
+    assert abs(end["y"] + end["height"] - seen["y"] - seen["height"]) < 40
+    page.goto(f"{bot.url}/jobs")
+    assert page.locator("td[data-label=From]").first.evaluate(_LINES) == 1
+
+
+def test_a_job_is_watched_through_a_failing_bot(
+    bot: RunningBot, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that failed changes nothing on the page, and the next one goes on with it."""
+    job_id = running(bot, "ada/watched")
+    page = browser.new_page()
+    page.goto(f"{bot.url}/jobs/{job_id}")
+
+    def fail(*_: Any) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_adapter.bot.pages.views.live", fail)
+        for _ in range(2):
+            with page.expect_response(lambda answer: answer.url.endswith("/live") and answer.status == 503):
+                pass
+    assert "running" in page.inner_text("#live")
+    bot.queue.finish(Lease(found_job(bot, job_id), "w", 1), Outcome(JobState.DONE, 0, verdict="pass"))
+    page.locator("#live .state.done").wait_for(timeout=60_000)
 
 
 def test_from_login_to_pull_request_in_a_browser(

@@ -35,6 +35,10 @@ def add_pages(app: FastAPI, parts: Parts) -> None:
     async def too_large(request: Request, error: BodyTooLargeError) -> HTMLResponse:  # noqa: ARG001
         return _error(request, parts, "the form is too long", "", 413)
 
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> HTMLResponse:  # noqa: ARG001  # the server logs it
+        return _error(request, parts, "merge-adapter has a bug", "The bot's log tells more.", 500)
+
     @app.exception_handler(404)
     async def missing(request: Request, error: Exception) -> HTMLResponse:  # noqa: ARG001
         return _error(request, parts, "there is no such page", "The jobs are listed on the first page.", 404)

@@ -145,7 +145,7 @@ def _job_values(job_id: str, session: Session, parts: Parts) -> dict[str, Any]:
         "chosen": _chosen(found),
         "message": of_whom(found.message, whose),
         "hint": of_whom(found.hint, whose),
-        "may_cancel": found.open and session.viewer.may_change(found),
+        "may_cancel": found.open and found.cancel is None and session.viewer.may_change(found),
         "csrf": session.csrf,
         "share": share,
         "log": _log_end(parts.settings.job_folder(found.id) / LOG_FILE),
