@@ -67,6 +67,12 @@ def test_what_a_space_sets_is_used() -> None:
         ("port = ", "not valid TOML"),
         ("lease_seconds = 0", "lease_seconds is 0.0, expected a number of at least 0.1"),
         ('disk_budget = "much"', "disk_budget is 'much'"),
+        ('devices = ["gpu0"]', "devices is 'gpu0', expected auto, cpu, cuda or cuda:N"),
+        ('allow_base = ["meta-llama"]', "allow_base is 'meta-llama', expected OWNER/NAME"),
+        ('allow_base = ["*/*"]', r"allow_base is '\*/\*'"),
+        ("probe_tokens = 8", "probe_tokens is 8, expected 0 or at least 16"),
+        ('jobs_namespace = "acme/merges"', "jobs_namespace is 'acme/merges'"),
+        ('public_url = "https://example.org/bot"', "public_url is .*, expected a URL without a path"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -42,10 +42,16 @@ class _Shape:
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _URL = _Shape(re.compile(r"https?://[^\s/]\S*"), "a URL, such as https://merge.example.org")
+_SITE = _Shape(re.compile(r"https?://[^\s/]+/?"), "a URL without a path, such as https://merge.example.org")
 _USER = _Shape(re.compile(_NAME), "the name of an account, without an @")
 _WATCHED = _Shape(re.compile(rf"\*|{_NAME}(/{_NAME})?"), "an owner, a repository as owner/name, or *")
 _HEADER = _Shape(re.compile(r"[!-~]+"), "ASCII without spaces, as it travels in a header")
 _REPOSITORY = _Shape(re.compile(rf"{_NAME}/{_NAME}"), "a repository as owner/name")
+_BASE = _Shape(re.compile(rf"{_NAME}/[^\s/]+"), "OWNER/NAME or OWNER/*")
+_DEVICE = _Shape(re.compile(r"auto|cpu|cuda(:[0-9]+)?"), "auto, cpu, cuda or cuda:N")
+_EVENT = _Shape(re.compile(r"\S.{0,99}"), "a text of at most 100 characters")
+_FEWEST_PROBE_TOKENS = 16
+"""The command line takes no fewer."""
 
 
 def _knob(
@@ -74,7 +80,7 @@ class BotSettings:
     host: str = _knob("127.0.0.1", "Address to listen on; 0.0.0.0 in a container.")
     port: int = _knob(7860, "Port to listen on; 0 takes a free one.", most=65_535)
     public_url: str = _knob(
-        "", "URL under which people and the Hub reach the bot.", also="SPACE_HOST", shape=_URL
+        "", "URL under which people and the Hub reach the bot.", also="SPACE_HOST", shape=_SITE
     )
     name: str = _knob(
         "", "Name that comments mention, without the @; empty: the account of the bot's token.", shape=_USER
@@ -99,12 +105,12 @@ class BotSettings:
         "the Hub tells it to have the role write or admin.",
     )
     allow_base: tuple[str, ...] = _knob(
-        (), "Accept only these base models, such as meta-llama/*; empty: all."
+        (), "Accept only these base models, such as meta-llama/*; empty: all.", shape=_BASE
     )
     runner: RunnerKind = _knob(RunnerKind.LOCAL, "Where jobs run: local, github or hf-jobs.")
     workers: int = _knob(1, "Jobs that run at the same time.")
     devices: tuple[str, ...] = _knob(
-        ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1."
+        ("auto",), "local: device of each worker in turn, such as cuda:0, cuda:1.", shape=_DEVICE
     )
     probe_tokens: int = _knob(
         0,
@@ -146,18 +152,21 @@ class BotSettings:
     github_token: str = _knob(
         "", "github: token that may dispatch there.", secret=True, also="GITHUB_TOKEN", shape=_HEADER
     )
-    github_event: str = _knob("merge-adapter", "github: type of the repository_dispatch event.")
+    github_event: str = _knob("merge-adapter", "github: type of the repository_dispatch event.", shape=_EVENT)
     github_api: str = _knob(
         "https://api.github.com", "github: URL of its API.", also="GITHUB_API_URL", shape=_URL
     )
     jobs_image: str = _knob("", "hf-jobs: container image of merge-adapter.")
-    jobs_namespace: str = _knob("", "hf-jobs: who pays; empty: the account of the bot's token.")
+    jobs_namespace: str = _knob("", "hf-jobs: who pays; empty: the account of the bot's token.", shape=_USER)
     jobs_flavor: str = _knob("auto", "hf-jobs: hardware; auto: the cheapest that the plan fits on.")
     poll_seconds: float = _knob(5.0, "github, hf-jobs: seconds between two looks at a remote job.", least=0.1)
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             _check(one, getattr(self, one.name))
+        if 0 < self.probe_tokens < _FEWEST_PROBE_TOKENS:
+            expected = f"0 or at least {_FEWEST_PROBE_TOKENS}"
+            raise InputError(f"the setting probe_tokens is {self.probe_tokens}, expected {expected}")
         if self.disk_budget:
             parse_bytes(self.disk_budget, what="the setting disk_budget")
         if not self.devices:
