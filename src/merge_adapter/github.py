@@ -43,7 +43,7 @@ _TIMEOUT = 30
 
 
 class PermissionMissing(GitHubError):
-    """The token may not do this. `permission` is what a workflow's `permissions:` must grant."""
+    """The token may not do `doing`. `permission` is what a workflow's `permissions:` must grant."""
 
     def __init__(self, doing: str, permission: str) -> None:
         super().__init__(
@@ -51,6 +51,7 @@ class PermissionMissing(GitHubError):
             hint=f"Grant it in the workflow, `permissions: {{{permission}}}`, or leave it: "
             "the job's summary says the same.",
         )
+        self.doing = doing
         self.permission = permission
 
 
@@ -356,6 +357,11 @@ def _calling(doing: str, permission: str) -> Iterator[None]:
     except GithubException as error:
         if error.status in (403, 404) and "rate limit" not in _said(error).lower():
             raise PermissionMissing(doing, permission) from error
+        if error.status == 401:
+            raise GitHubError(
+                f"GitHub does not accept the token to {doing}: {_said(error)}",
+                hint="It is not one of GitHub's, or has expired or been revoked: give a new one.",
+            ) from error
         raise GitHubError(
             f"GitHub refused to {doing}: {error.status} {_said(error)}".rstrip(),
             hint="Run the job again; if GitHub says so again, the message tells which request it does not accept.",

@@ -264,6 +264,25 @@ def test_a_run_without_a_result_is_told_with_its_address(
     assert outcome.state is state and "/actions/runs/8" in outcome.message
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "hint"),
+    [
+        (401, "GitHub does not accept the token to list workflow runs: Bad credentials", "give a new one"),
+        (403, "the setting github_token may not list workflow runs in ada/ci", "`actions: read` for ada/ci"),
+        (404, "the setting github_token may not list workflow runs in ada/ci", "`actions: read` for ada/ci"),
+    ],
+)
+def test_a_token_that_github_does_not_take_is_told_to_the_bots_owner(
+    github_settings: Any, github_api: Any, tmp_path: Path, status: int, message: str, hint: str
+) -> None:
+    """Which setting, and what it needs: no workflow's `permissions:` are meant here."""
+    said = {"message": "Bad credentials" if status == 401 else "Not Found"}
+    github_api.answer("GET", "/repos/ada/ci/actions/runs", status, said)
+    with pytest.raises(GitHubError, match=message) as caught:
+        carry_out(github_settings, leased(tmp_path, REQUEST))
+    assert hint in caught.value.hint and "gh_secret" not in str(caught.value)
+
+
 def test_a_huge_artifact_is_not_taken_in(
     github_settings: Any, github_api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from merge_adapter.bot.runners.base import Interrupted, Watch, keep_report, merg
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.sources import settings_of, source_of
 from merge_adapter.errors import ExitCode, GitHubError, InputError
-from merge_adapter.github import GitHub, WorkflowRun
+from merge_adapter.github import GitHub, PermissionMissing, WorkflowRun
 from merge_adapter.hub import Hub
 from merge_adapter.publish import PublishSettings, find_published, prepare, repinned
 from merge_adapter.report.document import publication_entry
@@ -52,6 +52,16 @@ class GitHubRunner:
             )
         if job.request.kind is JobKind.VERIFY:
             raise InputError("the runner github merges only", hint="Run merge-adapter verify yourself.")
+        try:
+            return self._run(job, token, watch)
+        except PermissionMissing as error:  # its own hint speaks to workflows
+            repository = self._settings.github_repository
+            raise GitHubError(
+                f"the setting github_token may not {error.doing} in {repository}, or there is none",
+                hint=f"Give it the permission `{error.permission}` for {repository}: see docs/bot.md.",
+            ) from error
+
+    def _run(self, job: Job, token: str, watch: Watch) -> Outcome | Interrupted:
         found = self._started(job, watch)
         if isinstance(found, Interrupted):
             return found
