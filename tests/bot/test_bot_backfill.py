@@ -68,8 +68,12 @@ def many(tmp_path_factory: pytest.TempPathFactory, lm_base: Path, lm_adapter: Pa
         yield hub
 
 
-def backfill(hub: Any, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MERGE_ADAPTER_BOT_ENDPOINT": hub.url, "MERGE_ADAPTER_BOT_TOKEN": "hf_ada"}
+def backfill(hub: Any, data: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    chosen = {"endpoint": hub.url, "token": "hf_ada", **settings}
+    environment = {
+        **os.environ,
+        **{f"MERGE_ADAPTER_BOT_{name.upper()}": value for name, value in chosen.items()},
+    }
     return subprocess.run(
         [sys.executable, "-m", "merge_adapter", "backfill", "--data", str(data), *arguments],
         env=environment,
@@ -110,6 +114,31 @@ def test_200_adapters_are_looked_at_and_two_of_them_done(many: Any, tmp_path: Pa
     assert "nothing was to do" in again.stdout
     with Store(tmp_path / "bot" / "bot.sqlite3") as store:
         assert len(list_jobs(store)) == 2
+
+
+def test_the_table_tells_hardware_and_what_it_costs(many: Any, tmp_path: Path) -> None:
+    """As the runner would choose it, in all too; what fits on no hardware is refused, and says why."""
+    names = tmp_path / "names.txt"
+    names.write_text("acme/tiny-150\nacme/tiny-151\nacme/tiny-001\n")
+    settings = {"runner": "hf-jobs", "jobs_image": "merge-adapter:test"}
+    table = backfill(many, tmp_path / "bot", "--file", str(names), **settings)
+    assert table.stdout.count("cpu-basic, about $0.00") == 2 and "costs about $0.00" in table.stdout
+    asked = ("--file", str(names), "--json")
+    first, _, refused = json.loads(backfill(many, tmp_path / "bot", *asked, **settings).stdout)["adapters"]
+    assert first["hardware"] == "cpu-basic" and 0 < first["dollars"] < 0.01
+    assert refused["hardware"] is refused["dollars"] is None
+    none = json.loads(backfill(many, tmp_path / "bot", *asked, **settings, jobs_flavor="moon").stdout)
+    assert {one["state"] for one in none["adapters"]} == {"refused"}
+    assert "there is no hardware 'moon'" in none["adapters"][0]["note"]
+
+
+def test_what_the_hub_did_not_tell_is_no_success(many: Any, tmp_path: Path) -> None:
+    """Nobody knows then whether there is something to do: a schedule must not take it for done."""
+    names = tmp_path / "names.txt"
+    names.write_text("acme/tiny-150\n")
+    for more in ((), ("--go",)):
+        done = backfill(many, tmp_path / "bot", "--file", str(names), *more, token="hf_of_nobody")
+        assert done.returncode == 5 and "1 unknown" in done.stdout
 
 
 def test_what_cannot_be_read_is_said(many: Any, tmp_path: Path) -> None:

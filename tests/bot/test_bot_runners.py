@@ -202,6 +202,38 @@ def test_a_cancelled_job_is_cancelled_there(
     assert str(getattr(remote.status.stage, "value", remote.status.stage)) == "CANCELED"
 
 
+def test_a_job_that_vanished_there_is_started_afresh(
+    jobs_hub: Any, tmp_path: Path, make_settings: Any, eventually: Any
+) -> None:
+    """It is nobody's refusal: what became of it cannot be asked any more, and the next one finds what it published."""
+    hub, sha = jobs_hub
+    settings = make_settings(
+        hub.url,
+        tmp_path / "bot",
+        runner=RunnerKind.HF_JOBS,
+        jobs_image="x",
+        jobs_flavor="cpu-basic",
+        workers=1,
+    )
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        job_id = queue.submit(JobRequest("ada/remote", sha, Source.BACKFILL)).job_id
+        lease = queue.claim("a worker that was here before")
+        queue.hold(lease, remote="0" * 24)
+        queue.release(lease)
+        worker = Worker(queue, runner_for(settings), settings, open_vault(settings))
+        worker.start()
+        eventually(lambda: not find_job(store, job_id).open)
+        worker.stop()
+        job = find_job(store, job_id)
+    assert (job.state, job.verdict, job.round, job.failures) == (JobState.DONE, "pass", 1, 1)
+    (remote,) = Hub(hub.url, "hf_ada").api.list_jobs(namespace="ada")
+    assert remote.id == job.remote
+    log = (settings.job_folder(job_id) / "log.txt").read_text()
+    assert f"job {'0' * 24} is no longer on Hugging Face Jobs" in log
+    assert settings.job_folder(job_id).stat().st_mode & 0o077 == 0, "it may tell of private repositories"
+
+
 @pytest.mark.parametrize("kind", [RunnerKind.GITHUB, RunnerKind.HF_JOBS])
 def test_a_runner_without_its_settings_is_refused_before_anything_starts(kind: RunnerKind) -> None:
     with pytest.raises(InputError, match="needs the setting"):

@@ -13,14 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from merge_adapter.bot import choices
+from merge_adapter.bot.answers import THE_BOTS, of_whom
 from merge_adapter.bot.backfill import Summary, carry_out
 from merge_adapter.bot.jobs import Job, JobState
+from merge_adapter.bot.logs import logging_to
+from merge_adapter.bot.runners.flavours import price_text
 from merge_adapter.bot.settings import BotSettings, RunnerKind
-from merge_adapter.bot.survey import Candidate, Standing, survey
-from merge_adapter.errors import InputError
+from merge_adapter.bot.survey import Candidate, Standing, priced, survey
+from merge_adapter.errors import ExitCode, InputError
 from merge_adapter.hub import Hub
 from merge_adapter.hub.catalogue import adapters_of, models_in_collection
-from merge_adapter.hub.jobs import Flavour, hardware
 from merge_adapter.sizes import human_bytes
 
 _STYLE = {
@@ -44,21 +46,35 @@ def run_backfill(
     go: bool,
     parallel: int,
     as_json: bool,
-) -> bool:
-    """Show what is to do, and with `go` do it. False when something was tried and not everything is done."""
+) -> ExitCode:
+    """Show what is to do, and with `go` do it.
+
+    The exit code: REMOTE when the Hub did not tell of each adapter, NOT_EQUIVALENT when something was tried and not
+    everything is done.
+    """
     names = _names(hub, authors, collections, file)
     console = Console(stderr=True, highlight=False)
     with console.status(f"Looking at {len(names)} adapters"):
         candidates = survey(names, hub, settings)
+        if settings.runner is RunnerKind.HF_JOBS:
+            candidates = priced(candidates, hub, settings)
     summary = _carry_out(candidates, settings, parallel, console) if go else None
     if as_json:
         sys.stdout.write(json.dumps(_document(candidates, summary), indent=2) + "\n")
     else:
         shown = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
         if candidates:
-            shown.print(_table(candidates, settings, hub))
+            shown.print(_table(candidates))
         shown.print(_totals(candidates, summary))
-    return summary is None or summary.complete
+    return _exit_code(candidates, summary)
+
+
+def _exit_code(candidates: tuple[Candidate, ...], summary: Summary | None) -> ExitCode:
+    if summary is not None and summary.interrupted:
+        return ExitCode.INTERRUPTED
+    if any(one.standing is Standing.UNKNOWN for one in candidates):
+        return ExitCode.REMOTE
+    return ExitCode.DONE if summary is None or summary.complete else ExitCode.NOT_EQUIVALENT
 
 
 def _names(
@@ -95,41 +111,33 @@ def _carry_out(
     handlers = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def told(job: Job) -> None:
-        console.print(Text(f"{job.request.place}: {job.state.value} {job.message}".rstrip()))
+        more = of_whom(job.message, THE_BOTS) or (job.publication or {}).get("url", "")
+        console.print(Text(f"{job.request.place}: {job.state.value} {more}".rstrip()), soft_wrap=True)
 
     try:
-        return carry_out(candidates, settings, parallel=parallel, stop=stop, told=told)
+        with logging_to(settings.log_file):
+            return carry_out(candidates, settings, parallel=parallel, stop=stop, told=told)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
 
 
-def _table(candidates: tuple[Candidate, ...], settings: BotSettings, hub: Hub) -> Table:
+def _table(candidates: tuple[Candidate, ...]) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     columns = ["adapter", "base", "state", "uploads", "memory", "disk"]
-    flavours = hardware(hub) if settings.runner is RunnerKind.HF_JOBS else ()
-    for heading in [*columns, *(["hardware"] if flavours else []), ""]:
+    elsewhere = any(one.hardware for one in candidates)
+    for heading in [*columns, *(["hardware"] if elsewhere else []), ""]:
         table.add_column(heading, overflow="fold")
     for one in candidates:
         todo = one.standing is Standing.TO_DO
         sizes = (one.bytes_uploaded, one.memory_bytes, one.disk_bytes)
         cells = [Text(human_bytes(size) if todo else "") for size in sizes]
-        if flavours:
-            cells.append(Text(_price(one, settings, flavours) if todo else ""))
+        if elsewhere:
+            cells.append(Text("" if one.dollars is None else f"{one.hardware}, {price_text(one.dollars)}"))
         state = Text(one.standing.value, style=_STYLE[one.standing])
         name = f"{one.repo_id}/{one.subfolder}" if one.subfolder else one.repo_id
         table.add_row(Text(name), Text(one.base), state, *cells, Text(one.note))
     return table
-
-
-def _price(one: Candidate, settings: BotSettings, flavours: tuple[Flavour, ...]) -> str:
-    from merge_adapter.bot.runners.flavours import choose_flavour, estimate
-
-    try:
-        flavour = choose_flavour(flavours, settings.jobs_flavor, memory=one.memory_bytes, disk=one.disk_bytes)
-    except InputError:
-        return "none is large enough"
-    return f"{flavour.name}, about ${estimate(flavour, one.bytes_written):.2f}"
 
 
 def _totals(candidates: tuple[Candidate, ...], summary: Summary | None) -> Text:
@@ -138,9 +146,11 @@ def _totals(candidates: tuple[Candidate, ...], summary: Summary | None) -> Text:
     count = {standing: sum(one.standing is standing for one in candidates) for standing in Standing}
     lines = [", ".join(f"{number} {standing.value}" for standing, number in count.items() if number)]
     if summary is None:
-        if count[Standing.TO_DO]:
-            upload = sum(one.bytes_uploaded for one in candidates)
-            lines.append(f"uploads about {human_bytes(upload)}; carry it out with --go")
+        if todo := [one for one in candidates if one.standing is Standing.TO_DO]:
+            upload = sum(one.bytes_uploaded for one in todo)
+            prices = [one.dollars for one in todo if one.dollars is not None]
+            costs = f", costs {price_text(sum(prices))}" if prices else ""
+            lines.append(f"uploads about {human_bytes(upload)}{costs}; carry it out with --go")
     else:
         ended = ", ".join(f"{number} {state.value}" for state, number in sorted(summary.counts.items()))
         lines.append(f"carried out: {ended or 'nothing was to do'}")
@@ -165,6 +175,8 @@ def _document(candidates: tuple[Candidate, ...], summary: Summary | None) -> dic
                 "bytes_uploaded": one.bytes_uploaded,
                 "memory_bytes": one.memory_bytes,
                 "disk_bytes": one.disk_bytes,
+                "hardware": one.hardware or None,
+                "dollars": one.dollars,
             }
             for one in candidates
         ],

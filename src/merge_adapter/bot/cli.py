@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merge_adapter.errors import ExitCode, InputError, PolicyError
+from merge_adapter.errors import InputError, PolicyError
 
 if TYPE_CHECKING:
     from merge_adapter.bot.settings import BotSettings
@@ -179,7 +179,7 @@ def backfill(
     from merge_adapter.bot.backfill_command import run_backfill
 
     settings = _settings(config, data=data)
-    complete = run_backfill(
+    code = run_backfill(
         settings,
         _hub(settings),
         authors=tuple(author or ()),
@@ -189,8 +189,8 @@ def backfill(
         parallel=parallel,
         as_json=as_json,
     )
-    if not complete:
-        raise typer.Exit(ExitCode.NOT_EQUIVALENT)
+    if code:
+        raise typer.Exit(code)
 
 
 def _settings(config: Path | None, **overrides: Any) -> BotSettings:

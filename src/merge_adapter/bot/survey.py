@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from merge_adapter.bot.jobs import JobRequest, Source
+from merge_adapter.bot.runners.flavours import choose_flavour, estimate
 from merge_adapter.bot.settings import BotSettings
-from merge_adapter.errors import MergeAdapterError, RemoteError, StorageError
+from merge_adapter.errors import InputError, MergeAdapterError, RemoteError, StorageError
 from merge_adapter.hub import Hub, HubRepository
 from merge_adapter.hub.catalogue import adapter_folders
+from merge_adapter.hub.jobs import hardware
 from merge_adapter.plan import make_plan
 from merge_adapter.publish import PublishSettings, find_published, prepare, repinned
 from merge_adapter.publish.policy import inspect
@@ -65,6 +67,11 @@ class Candidate:
     """At most: what the Hub has already is not sent again."""
     memory_bytes: int = 0
     disk_bytes: int = 0
+    bytes_read: int = 0
+    hardware: str = ""
+    """On Hugging Face Jobs, where the merge would run there."""
+    dollars: float | None = None
+    """About what it costs there."""
     observed: float = 0.0
     """When the Hub was asked for the revision, seconds since the epoch."""
 
@@ -104,6 +111,23 @@ def survey(
 
     with ThreadPoolExecutor(threads, thread_name_prefix="survey") as pool:
         return tuple(candidate for found in pool.map(look, repo_ids) for candidate in found)
+
+
+def priced(candidates: Iterable[Candidate], hub: Hub, settings: BotSettings) -> tuple[Candidate, ...]:
+    """The candidates with hardware and price where Hugging Face Jobs run them; one that fits on none is refused."""
+    flavours = hardware(hub)
+
+    def price(one: Candidate) -> Candidate:
+        if one.standing is not Standing.TO_DO:
+            return one
+        disk = one.disk_bytes + one.bytes_read
+        try:
+            flavour = choose_flavour(flavours, settings.jobs_flavor, memory=one.memory_bytes, disk=disk)
+        except InputError as error:
+            return replace(one, standing=Standing.REFUSED, note=error.message)
+        return replace(one, hardware=flavour.name, dollars=estimate(flavour, one.bytes_written))
+
+    return tuple(map(price, candidates))
 
 
 def _look(repo_id: str, hub: Hub, settings: BotSettings) -> tuple[Candidate, ...]:
@@ -159,4 +183,5 @@ def _plan(
         bytes_uploaded=plan.bytes_changed,
         memory_bytes=plan.memory_bytes,
         disk_bytes=plan.disk_bytes,
+        bytes_read=plan.bytes_read,
     )

@@ -170,7 +170,8 @@ class Worker:
         if again and isinstance(outcome, Outcome):
             outcome = dataclasses.replace(outcome, state=JobState.FAILED)
         if isinstance(outcome, Outcome) and outcome.message:
-            watch.line(f"{outcome.state.value}: {outcome.message} {outcome.hint}".rstrip())
+            said = (f"{outcome.state.value}: {outcome.message}", outcome.hint)
+            watch.line("\n  ".join(filter(None, said)))
         return Attempt(outcome, Hold.HELD, again=again, goes_on=goes_on)
 
     def _token(self, lease: Lease) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from merge_adapter.errors import HubError, NotFoundError
+from merge_adapter.hub.errors import status_of
 from merge_adapter.hub.session import once, repeat
 
 if TYPE_CHECKING:
@@ -109,10 +112,17 @@ def start_job(hub: Hub, spec: JobSpec, *, namespace: str) -> RemoteJob:
     return _remote(found)
 
 
-def look_at_job(hub: Hub, job_id: str, *, namespace: str) -> RemoteJob:
-    """A job as it stands."""
-    with hub.calling(f"look at job {job_id}"):
-        return _remote(repeat(lambda: hub.api.inspect_job(job_id=job_id, namespace=namespace), hub.patience))
+def look_at_job(hub: Hub, job_id: str, *, namespace: str) -> RemoteJob | None:
+    """A job as it stands; None when there is none of that id, or no longer."""
+    try:
+        with hub.calling(f"look at job {job_id}"):
+            return _remote(
+                repeat(lambda: hub.api.inspect_job(job_id=job_id, namespace=namespace), hub.patience)
+            )
+    except (HubError, NotFoundError) as error:
+        if status_of(error) == HTTPStatus.NOT_FOUND:
+            return None
+        raise
 
 
 def cancel_job(hub: Hub, job_id: str, *, namespace: str) -> None:

@@ -61,7 +61,7 @@ class Watch:
         self._lock = threading.Lock()
         self._stage: Stage | None = None
         self._remote: str | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may tell of private repositories
         self._log = (folder / LOG_FILE).open("a", encoding="utf-8", errors="replace")
         self._room = max(0, _LOG_LIMIT - self._log.tell())
 

@@ -40,6 +40,11 @@ def choose_flavour(flavours: Iterable[Flavour], wanted: str, *, memory: int, dis
     )
 
 
+def price_text(dollars: float) -> str:
+    """A price for people."""
+    return f"about ${dollars:.2f}" if dollars >= 1 else f"about ${dollars:.2g}"
+
+
 def estimate(flavour: Flavour, weights: int) -> float:
     """Dollars that a merge of `weights` bytes costs about."""
     seconds = _START_SECONDS + weights / _BYTES_PER_SECOND

@@ -10,7 +10,7 @@ from typing import Any
 from merge_adapter.bot.jobs import Job, JobState, Outcome
 from merge_adapter.bot.runners.base import Interrupted, Watch, arguments_of, keep_report, outcome_of
 from merge_adapter.bot.runners.child import RESULT
-from merge_adapter.bot.runners.flavours import choose_flavour, estimate
+from merge_adapter.bot.runners.flavours import choose_flavour, estimate, price_text
 from merge_adapter.bot.settings import BotSettings
 from merge_adapter.bot.sources import settings_of, source_of
 from merge_adapter.errors import ExitCode, InputError, MergeAdapterError
@@ -42,7 +42,10 @@ class HfJobsRunner:
         if job.remote is None:
             remote = start_job(self._hub, self._spec(job, token, watch), namespace=namespace)
         else:
-            remote = look_at_job(self._hub, job.remote, namespace=namespace)
+            known = look_at_job(self._hub, job.remote, namespace=namespace)
+            if known is None:
+                return _gone(job.remote)
+            remote = known
             watch.line(f"following job {remote.id} again")
         watch.runs_at(remote.id)
         result: list[dict[str, Any]] = []
@@ -54,7 +57,10 @@ class HfJobsRunner:
                     with contextlib.suppress(RefusedError, InputError):  # it ended meanwhile, or is gone
                         cancel_job(self._hub, remote.id, namespace=namespace)
                 return Interrupted()
-            remote = look_at_job(self._hub, remote.id, namespace=namespace)
+            found = look_at_job(self._hub, remote.id, namespace=namespace)
+            if found is None:
+                return _gone(remote.id)
+            remote = found
         log.join(_LOG_SECONDS)
         if not result:  # the stream was cut: the whole log once more
             self._read_log(remote.id, namespace, watch, result, follow=False)
@@ -92,8 +98,7 @@ class HfJobsRunner:
         chosen = choose_flavour(
             hardware(self._hub), "auto", memory=plan.memory_bytes, disk=plan.disk_bytes + plan.bytes_read
         )
-        price = estimate(chosen, plan.bytes_written)
-        watch.line(f"hardware {chosen.name}, about ${price:.2f}")
+        watch.line(f"hardware {chosen.name}, {price_text(estimate(chosen, plan.bytes_written))}")
         return chosen.name
 
     def _read_log(
@@ -139,3 +144,9 @@ class HfJobsRunner:
                 keep_report(watch.folder, json.loads(repository.read(path)))
         except (MergeAdapterError, KeyError, ValueError) as error:
             watch.line(f"the report was not fetched: {error}")
+
+
+def _gone(job_id: str) -> Outcome:
+    """Somebody deleted the job, or it was lost. What it did is found when it is done again."""
+    message = f"job {job_id} is no longer on Hugging Face Jobs, and did not tell how it ended"
+    return Outcome(JobState.FAILED, int(ExitCode.REMOTE), message, "It is started afresh.")
