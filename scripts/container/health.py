@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import urllib.request
 from pathlib import Path
 
-DEFAULT_PORT = "7860"
+from merge_adapter.bot.settings import load_settings
 
 
-def port_of(command: list[str]) -> str | None:
+def port_of(command: list[str]) -> int | None:
     """The port that the container's first process serves on, None when it is another command."""
     if "serve" not in command:
         return None
-    for option, value in zip(command, [*command[1:], ""], strict=True):
-        if option == "--port":
-            return value
-        if option.startswith("--port="):
-            return option.removeprefix("--port=")
-    return os.environ.get("MERGE_ADAPTER_BOT_PORT") or DEFAULT_PORT
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("-c", "--config", default=os.environ.get("MERGE_ADAPTER_BOT_CONFIG"))
+    given, _ = parser.parse_known_args(command)
+    return load_settings(Path(given.config) if given.config else None, os.environ, port=given.port).port
 
 
 def main() -> int:

@@ -237,16 +237,20 @@ def test_the_image_installs_what_the_package_requires() -> None:
     ("command", "port"),
     [
         ("merge-adapter run acme/adapter", None),
-        ("python merge-adapter serve", "7860"),
-        ("python merge-adapter serve --port 80 --host 0.0.0.0", "80"),
-        ("python merge-adapter serve --host 0.0.0.0 --port=8080", "8080"),
+        ("python merge-adapter serve", 7860),
+        ("python merge-adapter serve --port 80 --host 0.0.0.0", 80),
+        ("python merge-adapter serve --host 0.0.0.0 --port=8080", 8080),
+        ("python merge-adapter serve --config bot.toml", 8888),
+        ("python merge-adapter serve -c bot.toml --port 80", 80),
     ],
 )
 def test_the_health_check_asks_where_the_bot_listens(
-    command: str, port: str | None, monkeypatch: pytest.MonkeyPatch
+    command: str, port: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And takes every other command for well as long as it runs."""
+    """As the command line, the environment or a file of settings says. Every other command is well as it runs."""
     monkeypatch.delenv("MERGE_ADAPTER_BOT_PORT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("bot.toml").write_text("port = 8888\n")
     health = runpy.run_path(str(ROOT / "scripts/container/health.py"))
     assert health["port_of"](command.split()) == port
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import socket
 import statistics
@@ -16,6 +17,7 @@ from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -598,6 +600,28 @@ def test_health_and_metrics(bot: RunningBot, send: Any, push_event: Any) -> None
     assert "merge_adapter_webhook_seconds_count 1" in text
     for line in text.splitlines():
         assert line.startswith("# ") or len(line.split()) == 2
+
+
+def test_health_tells_of_a_disk_that_takes_nothing_more(
+    settings: BotSettings, bot_process: Any, send: Any, push_event: Any
+) -> None:
+    """As long as webhooks cannot be stored, whoever asks is told; the process itself may write no byte meanwhile."""
+    process, url = bot_process(settings)
+
+    def health() -> int:
+        try:
+            with urlopen(f"{url}/health") as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            with error:
+                assert "cannot be used" in json.loads(error.read())["problems"][0]
+                return error.code
+
+    _, most = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, most))
+    assert send(f"{url}/webhook", push_event("ada/x", "a" * 40))[0] == health() == 503
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    assert send(f"{url}/webhook", push_event("ada/x", "a" * 40))[0] == 202 and health() == 200
 
 
 def test_one_server_per_folder_and_per_port(bot: RunningBot, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def _health(parts: Parts) -> JSONResponse:
     problems = []
     facts: dict[str, object] = {"version": __version__, "workers": parts.workers_alive()}
     try:
-        parts.queue.store.write(lambda db: db.execute("SELECT 1").fetchone())
+        parts.queue.store.check()
         counts = count_jobs(parts.queue.store)
         facts |= {
             "queued": counts.get(JobState.QUEUED, 0),

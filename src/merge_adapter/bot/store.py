@@ -116,6 +116,10 @@ class Store:
         """`submit`, and wait for it."""
         return self.submit(work).result()
 
+    def check(self) -> None:
+        """Raises StorageError when nothing can be stored: what is there already is written once more."""
+        self.write(lambda db: db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}") and None)
+
     def read(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         """Rows of a SELECT as of the last commit."""
         try:

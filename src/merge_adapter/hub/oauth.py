@@ -130,7 +130,9 @@ def _asked(method: str, url: str, **arguments: Any) -> dict[str, Any]:
             response = client.request(method, url, **{k: v for k, v in arguments.items() if v is not None})
         parsed = response.json()
     except (httpx2.HTTPError, ValueError) as error:
-        raise HubError(f"the login provider {origin_of(url)} does not answer as one") from error
+        raise HubError(
+            f"the login provider {origin_of(url)} does not answer as one", hint="Try again in a minute."
+        ) from error
     if response.status_code in (400, 401, 403):
         raise PolicyError("the login was refused by the provider", hint="Log in again.")
     if response.status_code != 200 or not isinstance(parsed, dict):
