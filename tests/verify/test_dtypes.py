@@ -145,6 +145,41 @@ def test_an_fp32_base_that_peft_loaded_in_16_bit(
     )
 
 
+METHODS = {
+    "IA3": lambda peft: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "OFT": lambda peft: peft.OFTConfig(target_modules=TARGETS, oft_block_size=8, r=0),
+    "LoHa": lambda peft: peft.LoHaConfig(target_modules=TARGETS, r=4, alpha=8),
+    "FourierFT": lambda peft: peft.FourierFTConfig(target_modules=TARGETS, n_frequency=50),
+}
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_s_base_may_be_rounded_first(
+    method: str, tmp_path: Path, good: Callable[[str], Any], random_merge: Callable[..., Any],
+    silence: Callable[[], Any], reported: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Methods without a closed form, too: PEFT's own layer is the oracle, on the base that PEFT had."""
+    import peft
+    import transformers
+
+    base = good("lm-fp32").merged
+    right = random_merge(METHODS[method](peft), "fp32")
+    adapter = right.sources.adapter.repository.origin.folder
+    merged = Path(shutil.copytree(base, tmp_path / "short"))
+    with silence():
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged)
+    sources = right.with_sources(merged, base=base).sources
+    result = reported(merged, sources, gate(dtype="bfloat16"))
+    assert result.verdict is Verdict.PASS, result.reasons
+    assert result.evidence["weights"]["agreement"]["base cast first"] > 0
+    own = load_file(base / "model.safetensors")
+    stored(merged, lambda name, tensor: (own[name].double() + tensor.double()).div(2).bfloat16())
+    result = reported(merged, sources, gate(outputs=False, dtype="bfloat16"))
+    assert result.evidence["weights"]["verdict"] == "fail"
+
+
 def test_a_base_alone_is_no_merge_of_a_small_update(
     random_merge: Callable[..., Any], tmp_path: Path, reported: Callable[..., Any]
 ) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from merge_adapter.types import Verdict
 from merge_adapter.verify.oracle import Dora, LowRank
 from merge_adapter.verify.recipe import recipe
+from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.weights import Agreement, judge_kept, judge_update
 
 
@@ -142,3 +144,26 @@ def test_other_methods_are_judged_by_peft_s_own_layer(
     wrong = right.judge(base)
     assert wrong.verdict is Verdict.FAIL
     assert any("not merged" in reason for reason in wrong.reasons), wrong.reasons
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_that_was_rounded_first_is_rounded_as_it_is_read(dora: bool) -> None:
+    """The same figures as those of a base that is stored so, and no second base in memory."""
+    torch.manual_seed(0)
+    base, left, right = torch.randn(40, 24), torch.randn(40, 2), torch.randn(2, 24)
+    size = torch.rand(40)
+
+    def update(weight: Tensor) -> LowRank:
+        return Dora(weight, left, right, magnitude=size) if dora else LowRank(weight, left, right)
+
+    lazily, stored = update(base).on_rounded_base(torch.bfloat16), update(base.bfloat16())
+    assert lazily.base is base
+    at = torch.tensor([3, 39]), torch.tensor([0, 23])
+    assert torch.equal(lazily.base_rows(0, 40, torch.float64), stored.base_rows(0, 40, torch.float64))
+    assert torch.equal(lazily.target_rows(3, 9, torch.float64), stored.target_rows(3, 9, torch.float64))
+    assert torch.equal(lazily.exact(*at), stored.exact(*at))
+    points = [vars(each.points(*at, torch.bfloat16)) for each in (lazily, stored)]
+    assert all(torch.equal(points[0][name], points[1][name]) for name in points[0])
+    one, other = (each.single(0, 40, Scratch()) for each in (lazily, stored))
+    assert torch.equal(one.target, other.target)
+    assert (one.bound, one.largest) == (other.bound, other.largest)

@@ -50,7 +50,7 @@ def computed(dtype: torch.dtype) -> Computed:
     plain = low_rank(dtype)
     target = plain.target_rows(0, 130, torch.float64)
     native = plain.base + (target - plain.base.double()).to(dtype)
-    return Computed(plain.base, lambda: Merges(target, native, target.float()))
+    return Computed(plain.base, lambda _: Merges(target, native, target.float()))
 
 
 def replaced(dtype: torch.dtype) -> Replaced:

@@ -312,8 +312,8 @@ def _bias_update(name: str, bias: Tensor, sources: Resolved, files: tuple[Adapte
     return LowRank(bias.detach(), total[:, None], torch.ones(1, 1, dtype=torch.float64))
 
 
-def _kept(made: Merges) -> Merges:
-    return made
+def _kept(made: Merges, own: OwnMerge, leaf: str, loaded: torch.dtype | None) -> Merges:
+    return made if loaded is None else own.merges(leaf, loaded)
 
 
 def _computed(found: Expectations, name: str, module: Any) -> None:
@@ -342,8 +342,8 @@ def _computed(found: Expectations, name: str, module: Any) -> None:
         size = target.numel() * (WIDEST + original.element_size())
         if size <= found.room:
             found.room -= size
-            made = own.merges(leaf, target)
-            found.updates[full] = Computed(original, partial(_kept, made), form=label)
+            made = own.merges(leaf, target=target)
+            found.updates[full] = Computed(original, partial(_kept, made, own, leaf), form=label)
         else:
             found.updates[full] = Computed(original, partial(own.merges, leaf), form=label)
         if leaf == "weight":

@@ -34,17 +34,26 @@ class OwnMerge:
                 return made
         return None
 
-    def merges(self, leaf: str, target: Tensor | None = None) -> Merges:
-        """One tensor in all dtypes, of which `target` is what `exact` gave. Takes several times the module's size."""
+    def merges(self, leaf: str, loaded: torch.dtype | None = None, *, target: Tensor | None = None) -> Merges:
+        """One tensor in all dtypes, of which `target` is what `exact` gave. Takes several times the module's size.
+
+        `loaded`: in what dtype the base was loaded, where that is not its own.
+        """
         if target is None:
-            target = (self._merged(self.dtype) or {})[leaf]
-        native = (self._merged(None) or {}).get(leaf)
-        single = None if self.dtype == torch.float32 else (self._merged(torch.float32) or {}).get(leaf)
+            target = (self._merged(self.dtype, loaded) or {})[leaf]
+        native = (self._merged(None, loaded) or {}).get(leaf)
+        single = (
+            None if self.dtype == torch.float32 else (self._merged(torch.float32, loaded) or {}).get(leaf)
+        )
         return Merges(target, native, single)
 
-    def _merged(self, dtype: torch.dtype | None) -> Mapping[str, Tensor] | None:
+    def _merged(
+        self, dtype: torch.dtype | None, loaded: torch.dtype | None = None
+    ) -> Mapping[str, Tensor] | None:
         """The plain layer's tensors after a merge in `dtype` (its own when None); None when PEFT refuses."""
         twin = copy.deepcopy(self._module)
+        if loaded is not None:
+            plain_layer(twin).to(loaded)
         if dtype is not None:
             twin = twin.to(dtype)
         twin.eval()

@@ -99,6 +99,8 @@ class Update(ABC):
     """The base's tensor as stored, shape of the merged one."""
     form: str
     """closed form, or which of PEFT's layers served as the oracle."""
+    loaded: torch.dtype | None = None
+    """What the base was rounded to before it was changed; None: it was as stored."""
 
     @property
     def shape(self) -> torch.Size:
@@ -119,9 +121,14 @@ class Update(ABC):
         """A tensor of this shape, or some of its first dimension, as a matrix: a view, (rows, width)."""
         return as_matrix(tensor)
 
+    def base_at(self, at: slice | tuple[Tensor, Tensor]) -> Tensor:
+        """Rows, or chosen elements, of the base's matrix as the merge had it."""
+        stored = self.matrix(self.base)[at]
+        return stored if self.loaded is None else stored.to(self.loaded)
+
     def base_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of the base, (rows, width)."""
-        return self.matrix(self.base)[start:stop].to(dtype)
+        return self.base_at(slice(start, stop)).to(dtype)
 
     @property
     def terms(self) -> int:
@@ -162,7 +169,7 @@ class Update(ABC):
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
         """Rows [start, stop) in fp32 with a bound on their error. The next call with `scratch` overwrites them."""
         shape = torch.Size((stop - start, self.width))
-        base = scratch.floats("base", shape).copy_(self.matrix(self.base)[start:stop])
+        base = scratch.floats("base", shape).copy_(self.base_at(slice(start, stop)))
         target = scratch.floats("target", shape).copy_(self.target_rows(start, stop, torch.float64))
         delta = torch.sub(target, base, out=scratch.floats("delta", shape))
         largest = magnitude(target)
@@ -184,10 +191,11 @@ class LowRank(Update):
     """Where several adapters add up: how many of the r columns of `left` are each one's, in their order."""
     scales: Tensor | None = None
     """(r,) fp64; None: `left` carries them already."""
+    loaded: torch.dtype | None = None
 
     def on_rounded_base(self, dtype: torch.dtype) -> Self:
         """The same update on the base rounded to `dtype`: what is merged into a base that was loaded in it."""
-        return replace(self, base=self.base.to(dtype))
+        return replace(self, loaded=dtype)
 
     def left_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of `left` times the scales, (rows, r)."""
@@ -236,18 +244,18 @@ class LowRank(Update):
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
         left, right = self._at(rows, columns)
-        base = self.matrix(self.base)[rows, columns].double()
+        base = self.base_at((rows, columns)).double()
         return base + torch.einsum("nr,nr->n", left, right)
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
-        base = self.matrix(self.base)[rows, columns].double()
+        base = self.base_at((rows, columns)).double()
         target = base + delta
         return Points(base, target, self._product_error(mass, target), self._cast_error(mass, delta, dtype))
 
     def single(self, start: int, stop: int, scratch: Scratch) -> Single:
         shape = torch.Size((stop - start, self.width))
-        base = scratch.floats("base", shape).copy_(self.matrix(self.base)[start:stop])
+        base = scratch.floats("base", shape).copy_(self.base_at(slice(start, stop)))
         left = self.left_rows(start, stop, torch.float32)
         delta = self._product(left, start, out=scratch.floats("delta", shape))
         target = torch.add(base, delta, out=scratch.floats("target", shape))
@@ -401,7 +409,7 @@ class Dora(LowRank):
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:
         mass, delta = self._products(rows, columns)
-        base = self.matrix(self.base)[rows, columns].double()
+        base = self.base_at((rows, columns)).double()
         factor = self.factor[rows if self.by_row else columns]
         target = (base + delta) * factor
         cast = 4 * half_ulp(target, dtype) + self._cast_error(mass, delta, dtype)
@@ -446,15 +454,21 @@ class Computed(Update):
     """What PEFT's own layer makes of copies: seven times a 16-bit tensor, so made when asked for, then forgotten."""
 
     base: Tensor
-    make: Callable[[], Merges]
+    make: Callable[[torch.dtype | None], Merges]
+    """Given what the base is to be rounded to before; None leaves it as it is stored."""
     form: str = "PEFT's own layer"
+    loaded: torch.dtype | None = None
     _made: Merges | None = field(default=None, init=False, repr=False)
+
+    def on_rounded_base(self, dtype: torch.dtype) -> Self:
+        """What PEFT's layer makes of the base rounded to `dtype`."""
+        return replace(self, loaded=dtype)
 
     @property
     def merges(self) -> Merges:
         """The tensor in all dtypes, held until `forget`."""
         with _making:
-            made = self._made if self._made is not None else self.make()
+            made = self._made if self._made is not None else self.make(self.loaded)
             self._made = made
             return made
 
@@ -484,7 +498,10 @@ class Computed(Update):
 
     def points(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Points:  # noqa: ARG002
         made = self.merges
-        base, target = (self.matrix(each)[rows, columns].double() for each in (self.base, made.target))
+        base, target = (
+            self.base_at((rows, columns)).double(),
+            self.matrix(made.target)[rows, columns].double(),
+        )
         single, native = (
             None if each is None else self.matrix(each)[rows, columns].double()
             for each in (made.single, made.native)

@@ -16,7 +16,7 @@ from merge_adapter.verify.diagnosis import Clues, Rows, explain
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, fault, note, undecided, verdict, warning
 from merge_adapter.verify.mapped import release
-from merge_adapter.verify.oracle import LowRank, Replaced, Update, as_matrix
+from merge_adapter.verify.oracle import Computed, LowRank, Replaced, Update, as_matrix
 from merge_adapter.verify.recipe import recipe
 from merge_adapter.verify.rounding import is_narrower
 from merge_adapter.verify.screen import SCREENED
@@ -115,7 +115,7 @@ def judge_held(
         elif entry.agreement is Agreement.BASE_CAST_FIRST:
             # whatever else is asked of this tensor, injected faults too, is asked of a merge of this kind
             update = expected.updates[entry.name]
-            assert isinstance(update, LowRank)
+            assert isinstance(update, LowRank | Computed)
             expected.updates[entry.name] = update.on_rounded_base(held[entry.name].dtype)
     return tensors, findings
 
@@ -153,7 +153,7 @@ def _judge(
             )
         if evidence.agreement is not Agreement.WRONG:
             return evidence
-        if isinstance(update, LowRank) and is_narrower(tensor.dtype, base.dtype):
+        if isinstance(update, LowRank | Computed) and is_narrower(tensor.dtype, base.dtype):
             again = judge_update(name, tensor, update.on_rounded_base(tensor.dtype))
             if again.agreement is not Agreement.WRONG:
                 return replace(again, agreement=Agreement.BASE_CAST_FIRST)
