@@ -13,6 +13,9 @@ from merge_adapter.verify.probes import Probe
 SHORTEST = 16
 """Tokens of a document below which a language model has too little context to show an adapter's effect."""
 
+FEWEST = 4
+"""Documents that are read whatever the budget: bounds on a mean over one document are that document."""
+
 PROMPT = 16
 """Length of the prompts that are continued greedily, in tokens."""
 
@@ -37,12 +40,13 @@ class Probes:
 def tokenized(
     probes: tuple[Probe, ...], tokenizer: Any, *, budget: int, vocabulary: int, limit: int
 ) -> Probes:
-    """As many documents as `budget` tokens allow, cut to one length of at most `limit`, padded on the right.
+    """As many documents as `budget` tokens allow, and FEWEST at least.
 
-    Ids beyond `vocabulary` (a tokenizer larger than its model) are folded back into it.
+    They are cut to one length of at most `limit`, and padded on the right. Ids beyond `vocabulary` (a tokenizer
+    larger than its model) are folded back into it.
     """
     length = max(1, min(limit, max(SHORTEST, budget // len(probes))))
-    count = max(1, min(len(probes), budget // length))
+    count = min(len(probes), max(FEWEST, budget // length))
     rows: list[list[int]] = []
     templated = 0
     for probe in probes[:count]:
@@ -73,7 +77,7 @@ def _ids(probe: Probe, tokenizer: Any) -> tuple[list[int], bool]:
 def random_ids(*, budget: int, vocabulary: int, limit: int, seed: int) -> Probes:
     """Seeded random token ids, for a base without a tokenizer."""
     length = max(1, min(limit, SHORTEST))
-    count = max(1, budget // length)
+    count = max(FEWEST, budget // length)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     names = tuple(f"random {at}" for at in range(count))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.verify.answers import Batch
-from merge_adapter.verify.batches import Probes, random_ids, tokenized
+from merge_adapter.verify.batches import FEWEST, Probes, random_ids, tokenized
 from merge_adapter.verify.loading import Kind
 from merge_adapter.verify.media import RATE, picture, sound
 from merge_adapter.verify.pictures import looked_at, pictures_of
@@ -177,7 +177,7 @@ def _seen_with_text(
         first = made.draw(0)
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
         return Unfed(f"its pictures could not be made from its config: {error}")
-    count = min(DOCUMENTS, len(texts), max(4, budget // (first.places + TEXT)))
+    count = min(DOCUMENTS, len(texts), max(FEWEST, budget // (first.places + TEXT)))
     rows = int(model.get_input_embeddings().weight.shape[0])
     written = _texts(texts, tokenizer, count=count, vocabulary=rows, seed=seed)
     count = len(written.batch)

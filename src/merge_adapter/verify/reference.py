@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ class ReferenceArms:
         """
         setting = self._setting
         noise = reading.ceiling if reading.ceiling is not None else reading.noise
-        limit = bounds(noise["mean"], confidence=setting.confidence, seed=setting.seed)[1]
+        bounded = partial(bounds, confidence=setting.confidence, seed=setting.seed)
+        limit = bounded(noise["mean"])[1]
         whole = Outcome(DROPPED)
         faults = [
             *((one, mutated(setting.seed, one.mutant)) for one in outcomes if one.mutant is not None),
@@ -157,16 +159,16 @@ class ReferenceArms:
         ):
             for outcome, how in faults:
                 # what is not a number is not within anything
-                outcome.outputs = not self._distance(reading, how) <= limit
+                outcome.outputs = not bounded(self._distances(reading, how))[0] <= limit
                 task.advance(1)
         return [*outcomes, whole]
 
-    def _distance(self, reading: Reading, how: Rounding) -> float:
-        """Mean distance from R with every update put through `how`."""
+    def _distances(self, reading: Reading, how: Rounding) -> Tensor:
+        """The mean distance of each document from R with every update put through `how`."""
         found = []
         truth = iter(reading.reference)
         for piece in reading.batch.parts():
             made = self._ask_placed(piece, how)
             right = torch.cat([next(truth) for _ in range(len(piece))])
             found.append(distances(self._setting.kind, right, made, piece.mask)["mean"])
-        return float(torch.cat(found).mean())
+        return torch.cat(found)

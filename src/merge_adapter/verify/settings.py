@@ -18,7 +18,8 @@ class VerifySettings:
     them unasked fails."""
     probe_tokens: int | None = None
     """Tokens that every arm of the output part reads. None: as many as it takes to show that the adapter does more than
-    rounding, 512 at most on a CPU and 2048 on a GPU; see `merge_adapter.verify.rounds`."""
+    rounding, 512 at most on a CPU and 2048 on a GPU. Four documents are read in any case; see
+    `merge_adapter.verify.rounds`."""
     probes: Path | None = None
     """The user's own probe documents, one per line, or JSON lines (.jsonl) with a `text` or `messages` key each; they
     come before the ones that ship with the package."""
