@@ -68,6 +68,14 @@ def test_peft_s_own_merges_raise_no_alarm(
     assert result.evidence["modules"]["verdict"] == "pass"
 
 
+def test_tensors_that_all_layers_share_are_not_missing(random_merge: Callable[..., Any]) -> None:
+    """VB-LoRA saves one bank of vectors for all layers, and PEFT reports each layer's name for it as missing."""
+    import peft
+
+    config = peft.VBLoRAConfig(target_modules=["q_proj", "down_proj"], r=2, num_vectors=16, vector_length=8)
+    assert alarms(random_merge(config, "fp32").judge()) == []
+
+
 @pytest.mark.parametrize("model", ["lm-bf16", "lm-fp32", "cls-bf16", "emb-fp32", "emb-bf16"])
 def test_trained_models_pass_with_their_outputs(model: str, good: Callable[[str], Any]) -> None:
     """Decoder, classifier and encoder, weights and outputs, the merged model in this process."""

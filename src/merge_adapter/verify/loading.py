@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,7 +309,7 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
                     model.add_adapter(name, config)
                 # loading by name once more returns what from_pretrained keeps to itself: the keys that matched nothing
                 result = model.load_adapter(folder, adapter_name=name, torch_device="cpu")
-                missing += map(str, result.missing_keys)
+                missing += _untold(model, set(map(str, result.missing_keys)))
                 unexpected += map(str, result.unexpected_keys)
             activate(model, names, sources)
         except (
@@ -331,6 +331,15 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
             ) from error
     model.eval()
     return Loaded(model, missing=tuple(missing), unexpected=tuple(unexpected), said=tuple(said))
+
+
+def _untold(model: nn.Module, missing: Set[str]) -> list[str]:
+    """Those of `missing` that are no second name of a tensor that was there, as VB-LoRA's layers have for one bank."""
+    if not missing:
+        return []
+    held = model.state_dict()
+    told = {tensor.data_ptr() for name, tensor in held.items() if name not in missing}
+    return sorted(name for name in missing if name not in held or held[name].data_ptr() not in told)
 
 
 def read_json(path: Path) -> dict[str, Any]:
