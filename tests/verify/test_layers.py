@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -136,3 +136,25 @@ def test_the_prediction_is_near_the_error() -> None:
     found = [case.ask(case.merged(), seed) for seed in range(VECTORS)]
     average = sum(entry.error**2 for entry in found) / sum(entry.predicted**2 for entry in found)
     assert 0.25 < average < 2
+
+
+@pytest.mark.parametrize("rows", [[7], [3, 500]])
+def test_single_trained_tokens_are_looked_up(rows: list[int]) -> None:
+    """A random choice of ids hits none of them, and a merge that left them out answered as well as a right one."""
+    torch.manual_seed(0)
+    wrapped = Model(nn.Embedding(512, 96))
+    config = TrainableTokensConfig(token_indices=rows, target_modules=["layer"])
+    layer: Any = get_peft_model(wrapped, config).base_model.model.layer
+    base = layer.get_base_layer().weight.detach()
+    with torch.no_grad():
+        layer.trainable_tokens_delta["default"].add_(1)
+    left = torch.zeros(512, 1)
+    left[rows] = 1
+    update = LowRank(base, left, torch.ones(1, 96))
+    right = judge_layer("weight", layer, base + left, None, update, seed=0, allow_cast=False)
+    assert right is not None
+    assert right.telling
+    assert right.ratio <= 1
+    wrong = judge_layer("weight", layer, base, None, update, seed=0, allow_cast=False)
+    assert wrong is not None
+    assert wrong.ratio > 1

@@ -24,6 +24,7 @@ from merge_adapter.verify.mapped import release
 from merge_adapter.verify.oracle import Update
 from merge_adapter.verify.rounding import UNIT32, half_ulp, unit
 from merge_adapter.verify.threads import workers
+from merge_adapter.verify.weights import blocks_of
 
 VECTORS = 16
 """Random inputs per layer."""
@@ -99,6 +100,8 @@ def judge_layer(
     inputs = _inputs(base, seed)
     if inputs is None:
         return None
+    if isinstance(base, nn.Embedding):
+        inputs = _telling(update, inputs)
     widen(layer, torch.device("cpu"))
     twin = copy.copy(base)
     twin._parameters = dict(base._parameters)
@@ -152,6 +155,24 @@ def _inputs(base: nn.Module, seed: int) -> Tensor | None:
     else:
         return None
     return torch.cat([torch.randn(VECTORS, *shape, generator=generator), torch.zeros(1, *shape)])
+
+
+def _telling(update: Update, drawn: Tensor) -> Tensor:
+    """The ids `drawn`, or, where the update changes none of their rows, some that it changes: single trained tokens."""
+    if any(bool(_changes(update, row, row + 1).any()) for row in drawn.tolist()):
+        return drawn
+    found: list[int] = []
+    for start, stop in blocks_of(update):
+        found += (_changes(update, start, stop).nonzero().flatten() + start).tolist()
+        if len(found) >= VECTORS:
+            break
+    return torch.tensor(found[:VECTORS]) if found else drawn
+
+
+def _changes(update: Update, start: int, stop: int) -> Tensor:
+    """Which of the rows [start, stop) the update changes, bool."""
+    target, base = (rows(start, stop, torch.float64) for rows in (update.target_rows, update.base_rows))
+    return (target != base).any(1)
 
 
 def _size(value: Tensor) -> float:
