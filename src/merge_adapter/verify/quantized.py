@@ -130,7 +130,15 @@ def _loaded(base: Path, config: Mapping[str, Any], kind: Kind, *, trust_remote_c
         turned = [
             name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D
         ]
+        coded = [
+            name
+            for name, module in model.named_modules()
+            if hasattr(getattr(module, "weight", None), "quant_state")
+        ]
         model = model.dequantize()
+        for name in coded:
+            # FP4 has a code for -0, which bitsandbytes reads as 0 or as -0, depending on the sizes of the weight
+            model.get_submodule(name).weight.add_(0.0)
         for name in turned:
             layer = model.get_submodule(name)
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
