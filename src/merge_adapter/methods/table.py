@@ -121,7 +121,7 @@ METHODS: tuple[Method, ...] = (
            "It runs a second small model beside the base, which no weight of the base can hold."),
     Method("XLORA", "X-LoRA", Way.NONE, None, (),
            "A classifier mixes its LoRAs anew for every token, so no fixed weight equals it; PEFT's own"
-           " merge_and_unload returns the base unchanged. Merge one of its LoRA adapters instead."),
+           " merge_and_unload returns the base unchanged. Merge one of the LoRAs that it mixes instead."),
 )  # fmt: skip
 """Mergeable methods first, each part in alphabetical order."""
 
@@ -165,8 +165,14 @@ def find_method(peft_type: str) -> Method | None:
 def what_to_do(method: Method) -> str:
     """The next step for a method that cannot be merged."""
     if method.peft_type in ("PROMPT_TUNING", "P_TUNING"):
-        return "On a causal language model: --soft-prompt tokens makes its virtual tokens rows of the vocabulary."
-    return "Name the LoRA inside it as the adapter." if method.peft_type == "XLORA" else _KEEP
+        return (
+            "Say --soft-prompt tokens where its base is a causal language model; otherwise load it with PEFT."
+        )
+    if (
+        method.peft_type == "XLORA"
+    ):  # the copies in its own subfolders have names that PEFT itself does not load
+        return "Name as the adapter one of those that adapter_config.json lists under `adapters`."
+    return _KEEP
 
 
 def document() -> str:
