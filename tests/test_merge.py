@@ -93,7 +93,7 @@ class Case:
             "peft_type": "LORA",
             "r": RANK,
             "lora_alpha": 16,
-            "target_modules": ["q_proj"],
+            "target_modules": [name.removesuffix(".weight") for name in self.targets],
             "bias": "none",
         }
         (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -92,7 +93,10 @@ def place(tmp_path: Path) -> Any:
             folder.mkdir(exist_ok=True)
             save_file(dict(content), folder / "adapter_model.safetensors")
             weight = weights[number] if weights else 1.0
-            adapters.append(Adapter(Folder(folder), {**ADAPTER, **config}, "LORA", weight))
+            targets = sorted({found for name in content for found in re.findall(r"(\w+)\.lora_", name)})
+            adapters.append(
+                Adapter(Folder(folder), {**ADAPTER, "target_modules": targets, **config}, "LORA", weight)
+            )
         return Resolved(
             tuple(adapters), BaseModel(Counting(tmp_path / "base"), {**CONFIG, **(base or {})}), None
         )

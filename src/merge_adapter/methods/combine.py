@@ -19,6 +19,7 @@ from merge_adapter.methods.combine_vectors import CombinedVectors, combine_vecto
 from merge_adapter.methods.combined import Together
 from merge_adapter.methods.lora import Factors, scale_of, sort_tensors
 from merge_adapter.methods.patterns import check_patterns
+from merge_adapter.methods.reach import check_reached
 from merge_adapter.types import Combination, CombinationType
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _ending(name: str) -> str:
 
 
 def _factors(file: AdapterFile) -> Mapping[str, Factors]:
-    """The adapter's modules. Raises MethodError where something of it would be lost."""
+    """The adapter's modules. Raises MethodError or AccountingError where something of it would be lost."""
     adapter = file.adapter
     if adapter.method != "LORA":
         raise MethodError(
@@ -208,6 +209,7 @@ def _factors(file: AdapterFile) -> Mapping[str, Factors]:
             f" PEFT's combinations have no rule: {shown}.",
             hint=_ONE_BY_ONE,
         )
+    check_reached(adapter.config, {factors.module: factors.names for factors in found.factors})
     return {factors.module: factors for factors in found.factors}
 
 

@@ -107,6 +107,13 @@ def _check_lora_values(config: Mapping[str, Any]) -> None:
         value = config.get(key) or []
         if not _are_names(value):
             raise _wrong(key, "a list of names", value)
+    layers = config.get("layers_pattern") or []
+    if not isinstance(layers, str) and not _are_names(layers):
+        raise _wrong("layers_pattern", "a pattern or a list of patterns", layers)
+    for key in ("modules_to_save", "layers_pattern"):
+        value = config.get(key) or []
+        for pattern in [value] if isinstance(value, str) else value:
+            _check_pattern(key, pattern)
     for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
         if config.get(key) not in (None, True, False):
             raise _wrong(key, "true or false", config[key])

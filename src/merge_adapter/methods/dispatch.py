@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from merge_adapter.errors import BaseModelError, UnknownModulesError
 from merge_adapter.methods.change import Context, NameMap, Planned, TensorSpec
 from merge_adapter.methods.patterns import check_patterns, module_paths
-from merge_adapter.methods.promised import check_promised
+from merge_adapter.methods.promised import check_factors, check_promised
+from merge_adapter.methods.reach import check_reached, names_targets
 from merge_adapter.methods.refuse import SOFT_PROMPTS, check_method
 from merge_adapter.methods.table import Method, Way
 from merge_adapter.names.choose import PEFT_PREFIX, NoNames, general_names, name_map, split_targets
@@ -35,7 +36,8 @@ def plan_adapter(
         names = _general(sources, settings, adapter, tensors, base, method)
         return plan_soft_prompt(_context(sources, settings, adapter, tensors, base, names))
     in_memory = settings.strategy is Strategy.MEMORY
-    if method.way is Way.ROWS and not in_memory and not any(adapter.config.get(key) for key in _LAYER_ONLY):
+    by_layer = any(adapter.config.get(key) for key in _LAYER_ONLY) or not names_targets(adapter.config)
+    if method.way is Way.ROWS and not in_memory and not by_layer:
         names = name_map(
             sources.base,
             adapter.config,
@@ -51,9 +53,12 @@ def plan_adapter(
         context = _context(sources, settings, adapter, tensors, base, names)
         in_rows = False
     if in_rows:
-        from merge_adapter.methods.lora import plan_lora
+        from merge_adapter.methods.lora import plan_lora, sort_tensors
 
         planned = plan_lora(context)
+        factors = {one.module: one.names for one in sort_tensors(tensors).factors}
+        check_reached(adapter.config, factors)
+        check_factors(context, factors, lambda: _general(sources, settings, adapter, tensors, base, method))
     else:
         from merge_adapter.methods.peft_layer import plan_peft  # imports torch and PEFT
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from merge_adapter.errors import AccountingError
 from merge_adapter.methods.change import Context
 
-_INSIDE = ".base_layer"
+INSIDE = ".base_layer"
+"""What PEFT puts into a path for each of its layers around another."""
 _OUT_PROJ = ".out_proj"
 OUT_PROJ_TIMES = 2
 """PEFT's layer around torch's MultiheadAttention adds the update of its output projection twice, by hand and through
@@ -22,11 +23,11 @@ def parameter_of(context: Context, path: str, embedding: bool) -> str:  # noqa: 
     attention = attention_of(context, path)
     if attention is not None:
         return f"{attention}{_OUT_PROJ}.weight" if path.endswith(_OUT_PROJ) else f"{attention}.in_proj_weight"
-    module = path.replace(_INSIDE, "")
+    module = path.replace(INSIDE, "")
     targeted = () if embedding else named_parameters(context, module)
     if not targeted:
         return f"{module}.weight"
-    outside = path.count(_INSIDE)
+    outside = path.count(INSIDE)
     if outside >= len(targeted):
         raise AccountingError(
             f"{path}: the adapter changes {outside + 1} or more parameters of {module}, its config names "
@@ -43,7 +44,7 @@ def attention_of(context: Context, path: str) -> str | None:
     PEFT adapts both of its weights together, and keeps the factors of the second below `.base_layer`. None for any
     other module, an out_proj that was adapted alone among them.
     """
-    outer = path.removesuffix(f"{_INSIDE}{_OUT_PROJ}")
+    outer = path.removesuffix(f"{INSIDE}{_OUT_PROJ}")
     module = context.names.module(outer)
     return (
         outer if hasattr(module, "in_proj_weight") and type(module).__name__ == "MultiheadAttention" else None

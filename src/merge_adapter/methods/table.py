@@ -140,7 +140,8 @@ question are stored under the names they have in memory, which transformers load
 
 Tensors may have other names than PEFT writes: a prefix doubled or missing, parts that FSDP, DeepSpeed, torch.compile or
 the adapter's own name add, modules where transformers 4 had them. They are read so when exactly one reading uses every
-tensor, and the report says it. What `adapter_config.json` says was trained and the file lacks is refused.
+tensor, and the report says it. What `adapter_config.json` says was trained and the file lacks is refused, and so are
+factors of modules that it does not target: PEFT would load the adapter without them.
 """.splitlines()
 
 _REFUSED = """\
