@@ -53,6 +53,15 @@ def test_the_readme_names_every_extra() -> None:
     assert [extra for extra in sorted(extras) if f"`{extra}`" not in readme] == []
 
 
+def test_contributing_shows_every_module_and_folder() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "merge_adapter"
+    names = {path.name for path in package.glob("*.py")} | {
+        path.parent.name + "/" for path in package.glob("*/__init__.py")
+    }
+    assert [name for name in sorted(names) if name[0] != "_" and name not in text] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_option_of_ours_that_is_named_exists(page: Path) -> None:
     """In calls of merge-adapter, and wherever an option stands alone."""

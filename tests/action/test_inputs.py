@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from merge_adapter.action.inputs import NAMES, SECRETS, Inputs, read_inputs, take_secrets
+from merge_adapter.action.inputs import (
+    NAMES,
+    OPTIONS_ARE_INPUTS,
+    SECRETS,
+    Inputs,
+    hint_here,
+    read_inputs,
+    take_secrets,
+)
 from merge_adapter.errors import InputError
 from merge_adapter.types import (
     Combination,
@@ -176,3 +184,16 @@ def test_tokens_leave_the_environment_and_are_never_shown() -> None:
 def test_an_event_can_set_inputs_in_place_of_the_workflow() -> None:
     inputs = read_inputs(env(dtype="auto", base_model="acme/base"), instead=[("dtype", "float32")])
     assert (inputs.dtype, inputs.base_model) == (DType.FLOAT32, "acme/base")
+
+
+@pytest.mark.parametrize(
+    ("hint", "told"),
+    [
+        ("Give --license ID.", True),
+        ("Leave out `device`, or use `options: --gpus all`.", False),
+        ("Run: hf auth login", False),
+    ],
+)
+def test_hints_explain_options_where_they_are_inputs(hint: str, told: bool) -> None:
+    """And no other program's."""
+    assert (OPTIONS_ARE_INPUTS in hint_here(hint)) == told

@@ -74,7 +74,7 @@ _OF_THE_RUNNER = frozenset({"args", "entrypoint"})
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _OWNER_PATTERN = re.compile(r"[\w.-]+/(\*|[\w.-]+)")
 _FEWEST_PROBE_TOKENS = 16
-_OPTION = re.compile(r"(?<![\w-])--[a-z]")
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 OPTIONS_ARE_INPUTS = "An option --NAME is the input NAME of the action."
 
 
@@ -183,7 +183,7 @@ def take_secrets(environment: dict[str, str] | os._Environ[str] | None = None) -
 
 def hint_here(hint: str) -> str:
     """A hint of the stages, which speak of the command line's options, for someone who has inputs."""
-    return f"{hint} {OPTIONS_ARE_INPUTS}" if _OPTION.search(hint) else hint
+    return f"{hint} {OPTIONS_ARE_INPUTS}" if set(_OPTION.findall(hint)) & set(NAMES) else hint
 
 
 def _given(environment: Mapping[str, str]) -> dict[str, str]:
