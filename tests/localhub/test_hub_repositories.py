@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -24,6 +25,9 @@ def test_unknown_token_is_told_so(api):
     """A wrong token is not the same as a missing repository."""
     with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
         api("hf_wrong").model_info("alice/anything")
+    for listed in (HfApi.list_models, HfApi.list_datasets, HfApi.list_spaces):
+        with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+            list(listed(api("hf_wrong"), author="nobody"))
 
 
 def test_create_twice(alice):
