@@ -264,6 +264,7 @@ def test_a_publication_that_tells_little_is_shown(bot: RunningBot) -> None:
         assert status == 200
         pages.append(page)
     assert "Open the repository" in pages[0] and "Open pull request 7" in pages[1]
+    assert 'Verdict: <span class="pass">' in pages[0], "there is no report that would tell"
 
 
 def test_an_open_job_tells_what_comes_next(bot: RunningBot) -> None:

@@ -602,6 +602,23 @@ def test_health_and_metrics(bot: RunningBot, send: Any, push_event: Any) -> None
         assert line.startswith("# ") or len(line.split()) == 2
 
 
+def test_head_is_answered_as_get_is(bot: RunningBot) -> None:
+    """Monitors ask so. Nothing is begun by it: what only takes POST says so."""
+    parts = urlsplit(bot.url)
+    for path, status in (
+        ("/health", 200),
+        ("/metrics", 200),
+        ("/", 200),
+        ("/jobs/none", 404),
+        ("/webhook", 405),
+    ):
+        connection = HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (status, b""), path
+        connection.close()
+
+
 def test_health_tells_of_a_disk_that_takes_nothing_more(
     settings: BotSettings, bot_process: Any, send: Any, push_event: Any
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from merge_adapter import __version__
 from merge_adapter.bot.events import Ignored, read_payload
@@ -72,7 +73,19 @@ def make_app(parts: Parts) -> FastAPI:
         from merge_adapter.bot.pages.routes import add_pages
 
         add_pages(app, parts)
+    app.add_middleware(HeadAsGet)
     return app
+
+
+class HeadAsGet:
+    """HEAD is answered as GET is, without the body, which the server leaves out: monitors and proxies ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = scope.get("method") == "HEAD"
+        await self._app({**scope, "method": "GET"} if head else scope, receive, send)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
