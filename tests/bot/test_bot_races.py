@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from merge_adapter.bot import worker
 from merge_adapter.bot.housekeeping import Housekeeping
 from merge_adapter.bot.inbox import Inbox
 from merge_adapter.bot.intake import Intake
@@ -275,6 +277,25 @@ def test_a_log_that_cannot_be_written_holds_up_no_job(tmp_path: Path) -> None:
     watch.line('{"stage": "merge", "done": 1, "total": 2, "unit": "bytes"}')
     assert watch.stage is not None and watch.stage.label == "merge"
     watch.close()
+
+
+def test_a_killed_worker_leaves_no_folder_for_ever(
+    tmp_path: Path, alone: BotSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tries a job again that was cancelled meanwhile. Open jobs and other bots' are somebody's at work."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = replace(alone, workers=0)
+    with Store(settings.database) as store:
+        queue = queue_for(store, settings)
+        ended, waiting = submit(queue, push()), submit(queue, push(adapter="ann/other"))
+        queue.cancel(ended, reason="not needed")
+    folders = [tmp_path / f"merge-adapter-job-{job}-x1y2_z3" for job in (ended, waiting, "0" * 12)]
+    for folder in folders:
+        (folder / "base").mkdir(parents=True)
+    stop = threading.Event()
+    stop.set()
+    worker._work(settings, stop)
+    assert [folder.exists() for folder in folders] == [False, True, True]
 
 
 _LAST_WORDS = """

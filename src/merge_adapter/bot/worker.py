@@ -23,6 +23,7 @@ from merge_adapter.bot.logs import log, logging_to
 from merge_adapter.bot.queue import Hold, Lease, Queue, RetryRule
 from merge_adapter.bot.rows import find_job
 from merge_adapter.bot.runners.base import Interrupted, Runner, Watch
+from merge_adapter.bot.runners.local import LocalRunner, remove_left_behind
 from merge_adapter.bot.settings import BotSettings, RunnerKind, load_settings
 from merge_adapter.bot.store import Store
 from merge_adapter.bot.vault import Vault, open_vault
@@ -60,8 +61,6 @@ def runner_for(settings: BotSettings) -> Runner:
         from merge_adapter.bot.runners.hf_jobs import HfJobsRunner
 
         return HfJobsRunner(settings)
-    from merge_adapter.bot.runners.local import LocalRunner
-
     return LocalRunner(settings)
 
 
@@ -306,6 +305,7 @@ def main() -> int:
 def _work(settings: BotSettings, stop: threading.Event) -> None:
     with Store(settings.database) as store:
         worker = Worker(queue_for(store, settings), runner_for(settings), settings, open_vault(settings))
+        remove_left_behind(lambda job_id: (job := find_job(store, job_id)) is not None and not job.open)
         worker.start()
         log("worker-ready", pid=os.getpid(), slots=settings.workers, runner=settings.runner.value)
         stop.wait()

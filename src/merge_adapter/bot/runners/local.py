@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,8 @@ _GRACE = 20.0
 """Seconds a job may take to clear up after it was told to stop."""
 _DRAIN = 5.0
 """Seconds that the rest of a job's output may take to arrive once it has ended."""
+_FOLDER = "merge-adapter-job-"
+"""How the names of jobs' folders begin; the job's id follows."""
 _WITHHELD = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC", "OAUTH_", "GITHUB_TOKEN", PREFIX)
 """How the names begin of variables a job does not inherit: the bot's own credentials and settings."""
 
@@ -106,10 +108,15 @@ class LocalRunner:
 
 def _own_folder(job_id: str) -> str:
     """An empty folder for the job's work. Those of earlier attempts, whose worker was killed, are removed."""
-    prefix = f"merge-adapter-job-{job_id}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=prefix)
+    remove_left_behind(lambda found: found == job_id)
+    return tempfile.mkdtemp(prefix=f"{_FOLDER}{job_id}-")
+
+
+def remove_left_behind(over: Callable[[str], bool]) -> None:
+    """Remove the folders that killed workers left, of those jobs (by their id) that are `over`: nobody works there."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        if over(left.name.removeprefix(_FOLDER).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def withheld(name: str) -> bool:
