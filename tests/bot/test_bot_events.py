@@ -127,6 +127,13 @@ def test_what_is_no_payload_is_refused(body: Any) -> None:
         read(body)
 
 
+def test_a_refusal_says_what_is_missing() -> None:
+    with pytest.raises(MalformedError, match="event in the webhook's body is missing, expected an object"):
+        read_payload(json.dumps(push(event=None)).encode(), BotSettings(watch=("*",)))
+    with pytest.raises(MalformedError, match="repo in the webhook's body is a list, expected an object"):
+        read_payload(json.dumps(push(repo=[])).encode(), BotSettings(watch=("*",)))
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),

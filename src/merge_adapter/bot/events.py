@@ -144,5 +144,6 @@ def _parse(body: bytes) -> Any:
 
 def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MalformedError(f"{what} of the webhook is a {type(value).__name__}, expected an object")
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise MalformedError(f"{what} in the webhook's body is {found}, expected an object")
     return value
