@@ -128,7 +128,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tokens: dict[str, str]) -> Ite
     """A running embedded Hub with the users of `tokens`, shared by the session: give repositories unique names."""
     from localhub.process import LocalHub
 
-    with LocalHub(tmp_path_factory.mktemp("hub"), tokens=tokens, organizations={"demo": ["ada"]}) as running:
+    with LocalHub(
+        tmp_path_factory.mktemp("hub"), tokens=tokens, organizations={"demo": ["ada"], "newcomers": ["ada"]}
+    ) as running:
         yield running
 
 

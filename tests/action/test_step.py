@@ -235,7 +235,7 @@ def test_an_author_whom_nobody_knows_is_an_error(act: Callable[..., Any], hub: A
 
 def test_an_author_without_adapters_is_none(act: Callable[..., Any], hub: Any) -> None:
     """Users and organisations alike: theirs may still come."""
-    for known in ("stranger", "demo"):
+    for known in ("stranger", "newcomers"):
         step = act("schedule", {}, inputs={"watch": known, "publish": "none"}, env={"HF_ENDPOINT": hub.url})
         assert step.code == 0, step.log
         assert f"{known} has no adapters" in step.log
