@@ -41,6 +41,11 @@ from merge_adapter.verify.separate import Merged, Questions, ask_merged
 from merge_adapter.verify.settings import VerifySettings
 from merge_adapter.verify.tokens import judge_tokenizer, load_tokenizer, survey, tokenizer_folder
 
+_UNHEARD = (
+    "base + adapter never calls this module, whose weight the module around it reads: the update, which is not zero, "
+    "acts in the merged model alone; leave the module out of target_modules, and train again or remove its factors"
+)
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -263,6 +268,7 @@ class Interview:
             with_ceiling=not subject.settled,
             progress=self.progress,
         )
+        self.findings += [undecided("outputs", path, _UNHEARD) for path in arms.unheard()]
         written = None
         if begun is not None:
             written = arms.write(begun.batch, begun.length, self.progress)

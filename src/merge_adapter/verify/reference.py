@@ -39,6 +39,7 @@ from merge_adapter.verify.reading import Reader, Reading, Written
 from merge_adapter.verify.rounds import is_shown
 from merge_adapter.verify.sentences import Tail
 from merge_adapter.verify.statistics import bounds
+from merge_adapter.verify.unheard import watch
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class ReferenceArms:
         self._placed: Rounding | None = None
         self._dithered = dithered(setting.seed)
         widen(adapted, setting.device)
+        self.unheard = watch(adapted)
+        """Adapted modules that R has gone around so far."""
 
     def read(
         self, batch: Batch, rounds: Sequence[int], *, kept: int, with_ceiling: bool, progress: Progress
