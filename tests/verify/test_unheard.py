@@ -24,6 +24,11 @@ AUDIO = {
     "conv_dim": [16, 16], "conv_stride": [20, 20], "conv_kernel": [20, 20], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
+LED = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64, "max_encoder_position_embeddings": 32,
+    "max_decoder_position_embeddings": 32, "attention_window": 4,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, str, Mapping[str, Any], list[str], str]] = {
     "torch's attention": (
         "siglip_vision_model", "AutoModel", VISION, ["q_proj", "out_proj"], "head.attention.out_proj",
@@ -46,6 +51,14 @@ def test_an_update_that_nothing_calls_leaves_the_answer_open(
     assert "never calls" in said
     trained = merged(model, tmp_path / "trained", zero=around)
     assert trained.verification.verdict is Verdict.PASS, trained.verification.reasons
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_nothing_needs_is_no_matter(tmp_path: Path) -> None:
+    """Its weight is not read either: base + adapter and the merged model go without alike."""
+    model = ("led", "AutoModelForSeq2SeqLM", LED, ["query", "query_global"], "query_global")
+    found = merged(model, tmp_path, zero="").verification
+    assert found.verdict is Verdict.PASS, found.reasons
 
 
 def merged(model: tuple[str, str, Mapping[str, Any], list[str], str], place: Path, *, zero: str) -> Merged:

@@ -7,13 +7,12 @@ projections for themselves: the update of such a layer says nothing until it is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from merge_adapter.verify.adapters import PREFIX
 
-_CHOICES = (nn.ModuleList, nn.ModuleDict)
-"""What holds modules of which some may rightly not be called, such as experts."""
 _INNER = ".base_layer."
 
 
@@ -25,23 +24,26 @@ def watch(model: nn.Module) -> Callable[[], tuple[str, ...]]:
     from peft.tuners.lora.layer import LoraLayer
 
     called: set[nn.Module] = set()
-    layers: dict[str, tuple[nn.Module, nn.Module]] = {}
+    read: set[nn.Module] = set()
+    layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        holder = model.get_submodule(path.rpartition(".")[0])
         # a layer inside another is the outer one's to use
-        if isinstance(module, LoraLayer) and not isinstance(holder, _CHOICES) and _INNER not in path:
-            layers[path.removeprefix(PREFIX)] = (holder, module)
-            for one in (holder, module):
-                one.register_forward_hook(lambda module, *_: called.add(module))
+        if isinstance(module, LoraLayer) and _INNER not in path:
+            layers[path.removeprefix(PREFIX)] = module
+            module.register_forward_hook(lambda module, *_: called.add(module))
+            # through this method PEFT's layer hands out the weight of the module inside it
+            module.__dict__["get_base_layer"] = partial(_handing_out, module.get_base_layer, module, read)
 
     def unheard() -> tuple[str, ...]:
-        return tuple(
-            path
-            for path, (holder, module) in layers.items()
-            if holder in called and module not in called and _has_update(module)
-        )
+        around = read - called
+        return tuple(path for path, module in layers.items() if module in around and _has_update(module))
 
     return unheard
+
+
+def _handing_out(own: Callable[[], nn.Module], layer: nn.Module, read: set[nn.Module]) -> nn.Module:
+    read.add(layer)
+    return own()
 
 
 def _has_update(layer: nn.Module) -> bool:
