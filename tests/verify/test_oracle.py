@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_adapter.types import Verdict
+from merge_adapter.verify.diagnosis import Clues, explain
 from merge_adapter.verify.oracle import Dora, LowRank
 from merge_adapter.verify.recipe import recipe
 from merge_adapter.verify.scratch import Scratch
@@ -167,3 +168,14 @@ def test_a_base_that_was_rounded_first_is_rounded_as_it_is_read(dora: bool) -> N
     one, other = (each.single(0, 40, Scratch()) for each in (lazily, stored))
     assert torch.equal(one.target, other.target)
     assert (one.bound, one.largest) == (other.bound, other.largest)
+
+
+def test_a_zero_of_the_other_sign_is_counted_and_named() -> None:
+    """Bytes are compared, so it is told from zeros that were numbers before."""
+    base = torch.tensor([0.0, 0.0, 1.0])
+    merged = torch.tensor([0.0, -0.0, 1.0])
+    for right, wrong, share in ((base, merged, "1 of 3"), (torch.zeros(3), -torch.zeros(3), "3 of 3")):
+        found = explain(judge_kept("w", wrong, right), wrong, None, right, Clues(), {})
+        assert found.agreement is Agreement.WRONG
+        assert found.diagnosis == f"differs from the base in the sign of zeros alone ({share} elements)"
+    assert explain(judge_kept("w", 0 * base, base), 0 * base, None, base, Clues(), {}).diagnosis == "zeroed"

@@ -58,9 +58,13 @@ def _diagnosis(
     clues: Clues,
     others: Mapping[str, Rows],
 ) -> str:
-    damage = _damage(evidence, merged)
-    if damage:
-        return damage
+    if not evidence.finite:
+        bad = int((~torch.isfinite(merged)).sum())
+        return f"{bad:,} of {evidence.elements:,} elements are not finite"
+    if update is None and torch.equal(merged, base.to(merged.dtype)):
+        return f"differs from the base in the sign of zeros alone ({_share(evidence)})"
+    if merged.numel() > 1 and not bool(merged.any()):
+        return "zeroed"
     place = _elsewhere(evidence.name, merged, update, base, others)
     if update is None:
         words = f"differs from the base outside the adapter's targets ({_share(evidence)})"
@@ -72,15 +76,6 @@ def _diagnosis(
             return "not merged: the base's tensor stands where the adapter brings its own"
         return f"differs from the tensor the adapter brings ({_share(evidence)})"
     return _multiple(evidence, merged, update, clues)
-
-
-def _damage(evidence: TensorEvidence, merged: Tensor) -> str:
-    if not evidence.finite:
-        bad = int((~torch.isfinite(merged)).sum())
-        return f"{bad:,} of {evidence.elements:,} elements are not finite"
-    if merged.numel() > 1 and not bool(merged.any()):
-        return "zeroed"
-    return ""
 
 
 def _share(evidence: TensorEvidence) -> str:

@@ -155,7 +155,7 @@ def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
             rows, wanted = left[start:stop], right[start:stop].to(merged.dtype)
             if not same_bytes(rows, wanted):
                 exact = False
-                differing += int((rows != wanted).sum())
+                differing += _different(rows, wanted)
                 finite = finite and bool(torch.isfinite(rows).all())
             release(rows)
             release(right[start:stop])
@@ -170,6 +170,12 @@ def judge_kept(name: str, merged: Tensor, base: Tensor) -> TensorEvidence:
         differing=differing,
         finite=finite,
     )
+
+
+def _different(left: Tensor, right: Tensor) -> int:
+    """How many elements are not of the same bytes: -0.0 is not 0.0 here."""
+    pairs = (each.contiguous().view(torch.uint8).view(each.numel(), -1) for each in (left, right))
+    return int(torch.ne(*pairs).any(1).sum())
 
 
 def judge_update(
