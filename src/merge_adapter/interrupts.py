@@ -2,6 +2,7 @@
 
 It cannot from everywhere. In the middle of an import it meets extension modules that drop it, turn it into another
 error, or abort the process; and what a `__del__` raises, Python drops. From there it is raised again a moment later.
+Extension modules turn it into other errors elsewhere, too: an error that ends a run after an interrupt is taken for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 def interruptible() -> Iterator[None]:
     """While the context lasts, in the main thread; afterwards signals mean again what they did before."""
     hook = sys.unraisablehook
+    raised = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 -- the form of a handler
+        nonlocal raised
+        if _is_importing(frame):
+            _again_soon()
+        else:
+            raised = True
+            raise KeyboardInterrupt
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
@@ -30,10 +40,14 @@ def interruptible() -> Iterator[None]:
             hook(unraisable)
 
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    handlers = {name: signal.signal(name, _interrupt) for name in names}
+    handlers = {name: signal.signal(name, interrupt) for name in names}
     sys.unraisablehook = dropped
     try:
         yield
+    except Exception as error:
+        if raised:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
@@ -41,13 +55,12 @@ def interruptible() -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 -- the form of a handler
+def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename == _IMPORTING:
-            _again_soon()
-            return
+            return True
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return False
 
 
 def _again_soon() -> None:
