@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from merge_adapter.bot.submission import Submitted
 from merge_adapter.bot.vault import open_vault
 from merge_adapter.errors import StorageError
 from merge_adapter.hub.oauth import Login
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture
@@ -311,18 +308,6 @@ def test_the_vendored_script_asks_nothing_of_other_hosts(bot: RunningBot) -> Non
     assert 'src="http' not in page and 'rel="stylesheet" href="http' not in page
     assert "immutable" in get(bot, "/static/app.css")[2]["Cache-Control"]
     assert get(bot, "/static/..%2f..%2fsettings.py")[0] == 404
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 _LINES = "e => { const text = document.createRange(); text.selectNodeContents(e); return text.getClientRects().length }"

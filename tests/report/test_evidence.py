@@ -23,7 +23,7 @@ MEASURE = {
     "largest": 3e-4,
     "agreement": 0.99,
 }
-HOSTILE = "<script>alert(1)</script> @everyone ![x](http://evil.example/p.png) | `x` \u202e #1"
+HOSTILE = "<script>alert(1)</script> @everyone ![x](http://evil.example/p.png) | `x` \u202e\x01 #1"
 
 
 def verification(tensors: int = 3, name: str = "model.layers.{}.q_proj.weight") -> dict[str, Any]:
@@ -130,6 +130,13 @@ def test_escaping_removes_direction_marks_and_newlines() -> None:
     assert "\n" not in escape("a\n# b")
 
 
+@pytest.mark.parametrize("text", ["# large", "+ inner", "- inner", "#1"])
+def test_a_reason_starts_no_block_of_its_own(text: str) -> None:
+    """No heading and no list within the list, whatever a tensor or a file is called."""
+    shown = verdict_markdown({"verdict": "fail", "reasons": [text]})
+    assert f"- \\{text[0]}" in shown
+
+
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     """No script, no request, both colour schemes, and a hostile name as text."""
     written = write_page(tmp_path / "merge_report.html", {"verification": verification(name=HOSTILE)})
@@ -139,6 +146,19 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)\s*=", html)
     assert "prefers-color-scheme:dark" in html
     assert "default-src 'none'" in html
+    assert not {"\u202e", "\x01"} & set(html)
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_does_not_scroll_sideways(width: int, browser: Any) -> None:
+    """Names of folders and tensors have no spaces to break lines at, and no end; wide tables scroll on their own."""
+    name = "a_long_name." * 30
+    section = verification(name=name + "{}")
+    section["reasons"] = [f"{name}: not merged"]
+    section["tokenizer"]["findings"] = [name]
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.set_content(page({"adapter": {"id": name}, "verification": section}))
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("tensors", [1, 5000])
@@ -152,6 +172,7 @@ def test_the_page_stays_small(tensors: int) -> None:
 def test_the_picture_is_one_well_formed_svg() -> None:
     """It parses as XML, carries the verdict, and refers to nothing outside itself."""
     section = verification(name=HOSTILE)
+    section["tokenizer"]["findings"] = [f"vocabulary: {HOSTILE}"]
     rows = [(row.check, row.result.value, row.evidence) for row in verdict_rows(section)]
     svg = picture(section, rows)
     root = ElementTree.fromstring(svg)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from merge_adapter.report.printable import markup
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 34, 34
@@ -51,7 +52,7 @@ def histogram_svg(section: Mapping[str, Any], metric: str) -> str:
         ticks.append(
             f'<text class="ma-d" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - 18}">1e{exponent}</text>'
         )
-    label = f'<text class="ma-d" x="{LEFT}" y="{HEIGHT - 4}">{escape(metric)}</text>'
+    label = f'<text class="ma-d" x="{LEFT}" y="{HEIGHT - 4}">{markup(metric)}</text>'
     legend = _legend(
         (("noise", "rounding noise"), ("error", "merged"), ("effect", "base (effect of the adapter)"))
     )
@@ -78,7 +79,7 @@ def tensors_svg(rows: Sequence[Mapping[str, Any]]) -> str:
         shapes.append(f'<text class="ma-d" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{mark:g}</text>')
     for at, row in enumerate(points):
         x = LEFT + (at + 0.5) / len(points) * inner_width
-        name = escape(str(row["name"]))
+        name = markup(str(row["name"]))
         retained = place(row.get("retained", 1.0))
         shapes.append(f'<circle class="ma-noise" r="3.5" cx="{x:.1f}" cy="{retained:.1f}"/>')
         title = f"<title>{name}: {row['alpha']:.4g}</title>" if len(points) <= 150 else ""
@@ -104,13 +105,13 @@ def picture(verification: Mapping[str, Any], rows: Sequence[tuple[str, str, str]
     verdict = str(verification["verdict"])
     parts = [
         f'<text class="ma-t" style="font-size:16px;font-weight:600" x="16" y="28">Equivalence: '
-        f'<tspan class="ma-{verdict}" style="font-weight:700">{escape(verdict)}</tspan></text>'
+        f'<tspan class="ma-{verdict}" style="font-weight:700">{markup(verdict)}</tspan></text>'
     ]
     y = 54
     for check, result, text in rows:
-        parts.append(f'<circle class="ma-{escape(result)}" r="5" cx="22" cy="{y - 4}"/>')
-        parts.append(f'<text class="ma-t" x="36" y="{y}">{escape(check)}</text>')
-        parts.append(f'<text class="ma-d" x="140" y="{y}">{escape(_cut(text, 92))}</text>')
+        parts.append(f'<circle class="ma-{markup(result)}" r="5" cx="22" cy="{y - 4}"/>')
+        parts.append(f'<text class="ma-t" x="36" y="{y}">{markup(check)}</text>')
+        parts.append(f'<text class="ma-d" x="140" y="{y}">{markup(_cut(text, 92))}</text>')
         y += 22
     outputs = verification.get("outputs", {})
     plot = histogram_svg(outputs.get("histogram", {}), str(outputs.get("metric", "")))
@@ -120,7 +121,7 @@ def picture(verification: Mapping[str, Any], rows: Sequence[tuple[str, str, str]
         y += HEIGHT
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {y + 10}" width="680" height="{y + 10}" role="img" '
-        f'aria-label="Equivalence: {escape(verdict)}"><style>{STYLE}</style>'
+        f'aria-label="Equivalence: {markup(verdict)}"><style>{STYLE}</style>'
         f'<rect class="ma-bg" width="680" height="{y + 10}" rx="6"/>{"".join(parts)}</svg>'
     )
 
@@ -134,7 +135,7 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
     parts, x = [], LEFT
     for name, words in entries:
         parts.append(f'<rect class="ma-{name}" x="{x}" y="6" width="10" height="10"/>')
-        parts.append(f'<text class="ma-d" x="{x + 15}" y="15">{escape(words)}</text>')
+        parts.append(f'<text class="ma-d" x="{x + 15}" y="15">{markup(words)}</text>')
         x += 15 + 6 * len(words) + 22
     return "".join(parts)
 
@@ -147,5 +148,5 @@ def _axis() -> str:
 def _frame(inner: str, label: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
-        f'aria-label="{escape(label)}">{inner}</svg>'
+        f'aria-label="{markup(label)}">{inner}</svg>'
     )

@@ -67,7 +67,8 @@ def escape(text: str) -> str:
     flat = re.sub(r"([@#])(?=\w)", "\\1\u2060", flat)
     flat = re.sub(r"(?i)\b(https?|ftp)://", "\\1:\u2060//", flat)
     flat = re.sub(r"(?i)\bwww\.", "www\u2060.", flat)
-    return re.sub(r"([\\`*_\[\]()|!~$])", r"\\\1", flat)
+    # at the start of a line of a list, # makes a heading, and + and - another list
+    return re.sub(r"([\\`*_\[\]()|!~$]|^[#+-])", r"\\\1", flat)
 
 
 def _rows(verification: Mapping[str, Any]) -> Iterator[Row]:
@@ -186,6 +187,6 @@ def _greedy_markdown(section: Mapping[str, Any]) -> Iterator[str]:
     yield "|---" * len(columns) + "|"
     for row in texts:
         cells = [row.get(name, "") for name in columns]
-        yield "| " + " | ".join(escape(str(cell))[:400] for cell in cells) + " |"
+        yield "| " + " | ".join(escape(str(cell)[:400]) for cell in cells) + " |"
     yield ""
     yield "</details>"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from merge_adapter.report.charts import STYLE, histogram_svg, tensors_svg
 from merge_adapter.report.evidence import text_columns, verdict_rows
+from merge_adapter.report.printable import markup
 from merge_adapter.types import FileOrigin, OutputFile
 
 TENSOR_ROWS = 300
@@ -28,7 +28,7 @@ th{color:var(--dim);font-weight:500}td.n{font-variant-numeric:tabular-nums;white
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}code{font-size:.9em}
 .pass{color:var(--pass)}.fail{color:var(--fail)}.inconclusive{color:var(--inconclusive)}.dim{color:var(--dim)}
 svg{max-width:100%;height:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.85em}
-div.scroll{overflow-x:auto}
+div.scroll{overflow-x:auto}li,body>table td:last-child{overflow-wrap:anywhere}
 @media (max-width:40rem){.scroll svg{max-width:none;min-width:34rem}.scroll table.texts{min-width:34rem}}
 """
 
@@ -43,7 +43,7 @@ def write_page(path: Path, report: Mapping[str, Any]) -> OutputFile:
 def page(report: Mapping[str, Any]) -> str:
     """The page as HTML. Everything from the report is escaped; a policy in the head forbids scripts and requests."""
     verification = report.get("verification", {"verdict": "inconclusive", "reasons": []})
-    verdict = escape(str(verification["verdict"]))
+    verdict = markup(str(verification["verdict"]))
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -67,15 +67,15 @@ def _sources(report: Mapping[str, Any]) -> Iterator[str]:
         entry = report.get(name)
         if isinstance(entry, Mapping):
             revision = (
-                f" at <code>{escape(str(entry['revision'])[:12])}</code>" if entry.get("revision") else ""
+                f" at <code>{markup(str(entry['revision'])[:12])}</code>" if entry.get("revision") else ""
             )
             rows.append(
-                f"<tr><th>{name}</th><td>{escape(str(entry.get('id') or 'a local folder'))}{revision}</td></tr>"
+                f"<tr><th>{name}</th><td>{markup(str(entry.get('id') or 'a local folder'))}{revision}</td></tr>"
             )
     tool = report.get("tool", {})
     if tool:
         words = ", ".join(
-            f"{escape(str(key))} {escape(str(value))}" for key, value in tool.items() if key != "name"
+            f"{markup(str(key))} {markup(str(value))}" for key, value in tool.items() if key != "name"
         )
         rows.append(f"<tr><th>made with</th><td>{words}</td></tr>")
     if rows:
@@ -84,14 +84,14 @@ def _sources(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _verdict(verification: Mapping[str, Any]) -> Iterator[str]:
     rows = [
-        f"<tr><td>{escape(row.check)}</td><td class='{row.result.value}'>{row.result.value}</td>"
-        f"<td>{escape(row.evidence)}</td></tr>"
+        f"<tr><td>{markup(row.check)}</td><td class='{row.result.value}'>{row.result.value}</td>"
+        f"<td>{markup(row.evidence)}</td></tr>"
         for row in verdict_rows(verification)
     ]
     if rows:
         yield f"<table><tr><th>check</th><th>result</th><th>evidence</th></tr>{''.join(rows)}</table>"
     reasons = list(verification.get("reasons", ()))
-    shown = "".join(f"<li>{escape(str(reason))}</li>" for reason in reasons[:50])
+    shown = "".join(f"<li>{markup(str(reason))}</li>" for reason in reasons[:50])
     more = f"<li class='dim'>and {len(reasons) - 50} more</li>" if len(reasons) > 50 else ""
     yield f"<ul>{shown}{more}</ul>"
 
@@ -118,11 +118,11 @@ def _texts(greedy: Mapping[str, Any]) -> Iterator[str]:
     yield "<tr>" + "".join(f"<th>{heading}</th>" for heading in columns.values()) + "</tr>"
     for row in texts:
         cells = [row.get(name, "") for name in columns]
-        yield "<tr>" + "".join(f"<td><pre>{escape(str(cell)[:1000])}</pre></td>" for cell in cells) + "</tr>"
+        yield "<tr>" + "".join(f"<td><pre>{markup(str(cell)[:1000])}</pre></td>" for cell in cells) + "</tr>"
         if "gap" in row:
             why = "within the rounding noise" if row["explained"] else "more than the rounding noise"
             text = f"differs after {row['equal_tokens']} tokens; the choice there hung on {row['gap']} logits, {why}"
-            yield f"<tr><td colspan='{len(columns)}' class='dim'>{escape(text)} ({row['noise']})</td></tr>"
+            yield f"<tr><td colspan='{len(columns)}' class='dim'>{markup(text)} ({row['noise']})</td></tr>"
     yield "</table></div>"
 
 
@@ -133,7 +133,7 @@ def _mutants(mutants: Any) -> Iterator[str]:
     for entry in mutants:
         caught = ", ".join(entry["caught_by"]) or "nothing"
         css = "pass" if entry["caught_by"] else "inconclusive"
-        yield f"<tr><td>{escape(str(entry['fault']))}</td><td class='{css}'>{escape(caught)}</td></tr>"
+        yield f"<tr><td>{markup(str(entry['fault']))}</td><td class='{css}'>{markup(caught)}</td></tr>"
     yield "</table>"
 
 
@@ -153,9 +153,9 @@ def _tensors(rows: Any) -> Iterator[str]:
             for key in ("alpha", "retained", "effect", "worst_error")
         )
         yield (
-            f"<tr><td><code>{escape(str(row['name']))}</code></td>"
-            f"<td class='{css}'>{escape(str(row['agreement']))}</td>"
-            f"{numbers}<td>{escape(str(row.get('diagnosis', '')))}</td></tr>"
+            f"<tr><td><code>{markup(str(row['name']))}</code></td>"
+            f"<td class='{css}'>{markup(str(row['agreement']))}</td>"
+            f"{numbers}<td>{markup(str(row.get('diagnosis', '')))}</td></tr>"
         )
     yield "</table></div>"
     if len(ordered) > TENSOR_ROWS:
