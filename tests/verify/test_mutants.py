@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from merge_adapter.verify import VerifySettings
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Weight
 from merge_adapter.verify.mutants import (
+    LARGEST,
     MUTANTS,
     SHOWN,
     faulty_rows,
@@ -126,3 +128,19 @@ def test_two_adapters_merged_at_once_are_each_left_out(
     mutants = {entry["fault"].split(":")[0]: entry for entry in result.evidence["mutants"]}
     for name in ("adapter 1 left out", "adapter 2 left out"):
         assert {"weights", "outputs"} <= set(mutants[name]["caught_by"]), mutants[name]
+
+
+def test_a_fault_is_made_where_the_update_does_something() -> None:
+    """Not in tensors whose update is zero, and of a large one not in rows that nothing is added to."""
+    large = replace(update(2), ranks=())
+    idle = replace(large, left=torch.zeros_like(large.left))
+    rows = LARGEST // large.width + 600
+    left = torch.zeros(rows, 2, dtype=torch.float64)
+    left[-1] = 1  # a token that was added to the vocabulary
+    tokens = LowRank(torch.ones(rows, large.width), left, large.right)
+    updates = {"idle": idle, "large": large, "idle too": idle, "tokens": tokens, "idle as well": idle}
+    outcomes = run_mutants(Expectations(updates=dict(updates)), dict.fromkeys(updates, torch.float32), 0)
+    assert all(outcome.weights == outcome.tried == 2 for outcome in outcomes)
+    assert list(judge_mutants(outcomes)) == []
+    alone = run_mutants(Expectations(updates={"idle": idle}), {"idle": torch.float32}, 0)
+    assert [finding.weight for finding in judge_mutants(alone)] == [Weight.UNDECIDED] * len(alone)

@@ -102,6 +102,8 @@ def _multiple(evidence: TensorEvidence, merged: Tensor, update: Update, clues: C
             f"merged without DoRA's norm (alpha-hat {alpha:.2f}, error {evidence.residual:.2f} of the update)"
         )
     change = _norm(merged, update)
+    if math.isinf(change):
+        return "differs from the base, and the adapter's update is zero here: another base, or damaged"
     if change > 10:
         return f"differs from the base {change:.0f} times as much as the adapter's update: another base, or damaged"
     if abs(alpha) < 0.3:

@@ -159,17 +159,17 @@ def _inputs(base: nn.Module, seed: int) -> Tensor | None:
 
 def _telling(update: Update, drawn: Tensor) -> Tensor:
     """The ids `drawn`, or, where the update changes none of their rows, some that it changes: single trained tokens."""
-    if any(bool(_changes(update, row, row + 1).any()) for row in drawn.tolist()):
+    if any(bool(changed_rows(update, row, row + 1).any()) for row in drawn.tolist()):
         return drawn
     found: list[int] = []
     for start, stop in blocks_of(update):
-        found += (_changes(update, start, stop).nonzero().flatten() + start).tolist()
+        found += (changed_rows(update, start, stop).nonzero().flatten() + start).tolist()
         if len(found) >= VECTORS:
             break
     return torch.tensor(found[:VECTORS]) if found else drawn
 
 
-def _changes(update: Update, start: int, stop: int) -> Tensor:
+def changed_rows(update: Update, start: int, stop: int) -> Tensor:
     """Which of the rows [start, stop) the update changes, bool."""
     target, base = (rows(start, stop, torch.float64) for rows in (update.target_rows, update.base_rows))
     return (target != base).any(1)
@@ -216,12 +216,18 @@ def layer_findings(found: list[LayerEvidence]) -> Iterator[Finding]:
             name = entry.name.removesuffix(".weight")
             text = (
                 f"answers {entry.ratio:.3g} times as far from PEFT's own layer as rounding allows "
-                f"({entry.error / entry.effect if entry.effect else math.inf:.2g} of the adapter's effect)"
+                f"({_share(entry)})"
             )
             yield fault("modules", name, text)
     blind = sum(not entry.telling for entry in found)
     if found and blind == len(found):
         yield undecided("modules", "", "no layer's update stands out from the rounding of its dtype")
+
+
+def _share(entry: LayerEvidence) -> str:
+    if not entry.effect:
+        return "the adapter has no effect here"
+    return f"{entry.error / entry.effect:.2g} of the adapter's effect"
 
 
 def layer_section(found: list[LayerEvidence], skipped: int, verdict: str) -> dict[str, Any]:

@@ -324,8 +324,8 @@ def adapt(base: Any, sources: Resolved, files: tuple[AdapterFile, ...]) -> Loade
         ) as error:
             if ran_out_of_memory(error):
                 raise
-            foreign = "size mismatch" in str(error)
-            hint = "Its shapes belong to another base: name the one it was trained on." if foreign else ""
+            foreign = any(words in str(error) for words in ("size mismatch", "not found in the base model"))
+            hint = "Its modules belong to another base: name the one it was trained on." if foreign else ""
             raise MethodError(
                 f"PEFT cannot put this adapter on its base: {one_line(error)}", hint=hint
             ) from error

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from merge_adapter.verify.expectations import Expectations
 from merge_adapter.verify.findings import Finding, undecided, warning
-from merge_adapter.verify.layers import judge_layer
+from merge_adapter.verify.layers import changed_rows, judge_layer
 from merge_adapter.verify.oracle import LowRank, Points, Replaced, Single, Update
 from merge_adapter.verify.scratch import Scratch
 from merge_adapter.verify.threads import workers
-from merge_adapter.verify.weights import Agreement, blocks, judge_update
+from merge_adapter.verify.weights import Agreement, blocks, blocks_of, judge_update
 
 SAMPLED = 3
-"""Tensors a fault is tried on: the first, the middle and the last that it can be made in."""
+"""Tensors a fault is tried on: of those that change, the first, the middle and the last that it can be made in."""
 
 LARGEST = 1 << 20
-"""Elements of a tensor above which a mutant is made on its first rows only, and not put to the modules part."""
+"""Elements of a tensor above which a mutant is made on the first rows that change, and not put to the modules part."""
 
 ADAPTERS = 8
 """Adapters, of several merged at once, each of which is left out in turn."""
@@ -242,7 +242,26 @@ def run_mutants(
 
 def _picked(mutant: Mutant, updates: Mapping[str, Update]) -> list[str]:
     names = [name for name, update in updates.items() if mutant.fits(update)]
-    return [names[at] for at in sorted({0, len(names) // 2, len(names) - 1})][:SAMPLED] if names else []
+    if not names:
+        return []
+    wanted = sorted({0, len(names) // 2, len(names) - 1})
+    return list(dict.fromkeys(_nearest_changed(names, at, updates) for at in wanted))
+
+
+def _nearest_changed(names: list[str], at: int, updates: Mapping[str, Update]) -> str:
+    """The name at `at`, or near it: where nothing is added, as to experts no text reached, nothing can be left out."""
+    for near in sorted(range(len(names)), key=lambda place: abs(place - at)):
+        if _first_changed(updates[names[near]]) is not None:
+            return names[near]
+        updates[names[near]].forget()
+    return names[at]
+
+
+def _first_changed(update: Update) -> int | None:
+    """The first row of the first block that the update changes."""
+    return next(
+        (start for start, stop in blocks_of(update) if bool(changed_rows(update, start, stop).any())), None
+    )
 
 
 def _caught(
@@ -251,7 +270,8 @@ def _caught(
     """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked."""
     update, layer = expected.updates[name], expected.layers.get(name)
     head = max(1, min(update.rows, LARGEST // max(1, update.width)))
-    runs = blocks((head, update.width))
+    first = min(_first_changed(update) or 0, update.rows - head)
+    runs = [(first + start, first + stop) for start, stop in blocks((head, update.width))]
     made = (faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in runs)
     # one wrong row is a wrong tensor: what comes after it need not be made
     seen: list[Tensor] = []
