@@ -81,6 +81,20 @@ def test_every_fault_is_caught_in_every_dtype(dtype: torch.dtype) -> None:
     assert not list(judge_mutants(outcomes))
 
 
+def test_faults_are_made_where_the_adapter_changes_something() -> None:
+    """A tower that was shown no pictures, experts that were never chosen: nothing of theirs could be merged wrongly."""
+    strengths = {"vision.0": 0.0, "a": 0.3, "vision.1": 0.0, "b": 0.3, "vision.2": 0.0}
+    expected = Expectations(
+        updates={
+            name: update(2, seed=at, strength=strength)
+            for at, (name, strength) in enumerate(strengths.items())
+        }
+    )
+    outcomes = run_mutants(expected, dict.fromkeys(strengths, torch.float32), 0)
+    assert {outcome.tried for outcome in outcomes} == {2}
+    assert not list(judge_mutants(outcomes))
+
+
 def test_a_fault_that_goes_unseen_is_told() -> None:
     """Too small for the dtype: those of every run leave the answer open, the others are pointed out."""
     expected = Expectations(updates={"a": update(2, strength=1e-7)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -219,13 +219,23 @@ def run_mutants(
     `storage`: in which dtype a merged model holds each of them.
     """
     updates = {name: update for name, update in expected.updates.items() if not isinstance(update, Replaced)}
+
+    @cache
+    def changed(name: str) -> int | None:
+        return _first_changed(updates[name])
+
     pairs = [
-        (mutant, name) for mutant in mutants_of(expected, full=full) for name in _picked(mutant, updates)
+        (mutant, name)
+        for mutant in mutants_of(expected, full=full)
+        for name in _picked(mutant, updates, changed)
     ]
+
+    def caught(pair: tuple[Mutant, str]) -> tuple[bool, bool | None]:
+        mutant, name = pair
+        return _caught(mutant, name, expected, storage[name], seed, first=changed(name) or 0)
+
     with workers() as pool:
-        found = list(
-            pool.map(lambda pair: _caught(pair[0], pair[1], expected, storage[pair[1]], seed), pairs)
-        )
+        found = list(pool.map(caught, pairs))
     for name in {name for _, name in pairs}:
         updates[name].forget()
     outcomes = {mutant: Outcome(str(mutant), mutant) for mutant, _ in pairs}
@@ -240,37 +250,38 @@ def run_mutants(
     return list(outcomes.values())
 
 
-def _picked(mutant: Mutant, updates: Mapping[str, Update]) -> list[str]:
+def _picked(mutant: Mutant, updates: Mapping[str, Update], changed: Callable[[str], int | None]) -> list[str]:
+    """The first, the middle and the last tensor that the fault fits, or those nearest to them that change.
+
+    Where nothing is added, as to experts that no text reached, nothing can be left out.
+    """
     names = [name for name, update in updates.items() if mutant.fits(update)]
-    if not names:
-        return []
-    wanted = sorted({0, len(names) // 2, len(names) - 1})
-    return list(dict.fromkeys(_nearest_changed(names, at, updates) for at in wanted))
-
-
-def _nearest_changed(names: list[str], at: int, updates: Mapping[str, Update]) -> str:
-    """The name at `at`, or near it: where nothing is added, as to experts no text reached, nothing can be left out."""
-    for near in sorted(range(len(names)), key=lambda place: abs(place - at)):
-        if _first_changed(updates[names[near]]) is not None:
-            return names[near]
-        updates[names[near]].forget()
-    return names[at]
+    found = []
+    for at in sorted({0, len(names) // 2, len(names) - 1}) if names else ():
+        near = sorted(range(len(names)), key=lambda place: abs(place - at))
+        found.append(next((names[place] for place in near if changed(names[place]) is not None), names[at]))
+    return list(dict.fromkeys(found))
 
 
 def _first_changed(update: Update) -> int | None:
-    """The first row of the first block that the update changes."""
-    return next(
-        (start for start, stop in blocks_of(update) if bool(changed_rows(update, start, stop).any())), None
-    )
+    """The first row of the first block that the update changes; None when it changes nothing."""
+    for start, stop in blocks_of(update):
+        if bool(changed_rows(update, start, stop).any()):
+            return start
+    update.forget()
+    return None
 
 
 def _caught(
-    mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int
+    mutant: Mutant, name: str, expected: Expectations, dtype: torch.dtype, seed: int, *, first: int
 ) -> tuple[bool, bool | None]:
-    """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked."""
+    """Whether the weights part and the modules part catch `mutant` on one tensor; None: the latter was not asked.
+
+    `first`: the row from which on the update changes something.
+    """
     update, layer = expected.updates[name], expected.layers.get(name)
     head = max(1, min(update.rows, LARGEST // max(1, update.width)))
-    first = min(_first_changed(update) or 0, update.rows - head)
+    first = min(first, update.rows - head)
     runs = [(first + start, first + stop) for start, stop in blocks((head, update.width))]
     made = (faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in runs)
     # one wrong row is a wrong tensor: what comes after it need not be made
