@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_adapter.checkpoint.folder import Folder
-from merge_adapter.errors import MethodError, PolicyError, UnmergeableError
+from merge_adapter.errors import AccountingError, MethodError, PolicyError, UnmergeableError
 from merge_adapter.merge import merge
 from merge_adapter.plan import make_plan
 from merge_adapter.types import Adapter, BaseModel, MergeSettings, Resolved, Silent, Strategy, Verdict
@@ -368,6 +368,26 @@ def test_an_adapter_of_transformers_4(model_type: str, tmp_path: Path) -> None:
         judged = verify(output, sources, settings=VerifySettings(outputs=False), progress=Silent())
     assert judged.verdict is not Verdict.FAIL, judged.reasons
     assert judged.evidence["weights"]["updated"] == len(plan.changes)
+
+
+def test_a_pattern_of_paths_of_transformers_4_is_told(tmp_path: Path) -> None:
+    """The base is the right one, and its modules are found; PEFT's own loading would not find them by this pattern."""
+    import transformers
+
+    family = replace(FAMILIES["llava"], targets=r".*language_model.*\.(q_proj|v_proj)")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with quietly():
+        make_base("llava", family, base)
+        make_adapter(getattr(transformers, family.auto).from_pretrained(base), family, adapter)
+        file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+        save_file(
+            {_as_it_was(name, OLD_PATHS["llava"]): tensor for name, tensor in load_file(file).items()}, file
+        )
+        pattern = r"^(language_model)(?!.*lm_head).*\.(q_proj|v_proj)"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": pattern}))
+        with pytest.raises(AccountingError, match=r"targets: model\.language_model") as caught:
+            make_plan(resolved(base, adapter), MergeSettings())
+    assert "pattern" in caught.value.hint
 
 
 def _as_it_was(name: str, paths: tuple[tuple[str, str], ...]) -> str:

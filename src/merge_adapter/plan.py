@@ -268,14 +268,18 @@ def _plan_reading(
         readings: list[AdapterFile] = []
         if set(error.tensors) == set(file.stored):
             readings.extend(other_readings(file))
-        if isinstance(error, UnknownModulesError):
-            readings.extend(_moved(file, sources, settings))
+        now = list(_moved(file, sources, settings)) if isinstance(error, UnknownModulesError) else []
+        readings.extend(now)
         fitting: dict[frozenset[str], tuple[AdapterFile, Planned]] = {}
         for reading in readings:
             with suppress(UnmergeableError):
                 planned = _plan_whole(sources, settings, reading, base)
                 fitting.setdefault(frozenset(reading.stored), (reading, planned))
         if len(fitting) != 1:
+            for reading in now:
+                _plan_whole(
+                    sources, settings, reading, base
+                )  # the base has all its modules: what is wrong is told
             raise
         [found] = fitting.values()
         return found

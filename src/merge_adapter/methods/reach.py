@@ -54,7 +54,8 @@ def check_reached(config: Mapping[str, Any], modules: Mapping[str, tuple[str, ..
             f" adapter_config.json targets: {shown}. PEFT loads the adapter without them.",
             tensors=tuple(name for tensors in lost.values() for name in tensors),
             hint="Restore the config that was saved with these weights: target_modules, exclude_modules,"
-            " layers_to_transform and modules_to_save say which modules are adapted.",
+            " layers_to_transform and modules_to_save say which modules are adapted. A pattern of paths that"
+            " transformers has changed since is to be written anew for those it has now.",
         )
 
 
