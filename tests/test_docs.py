@@ -57,7 +57,7 @@ def test_contributing_shows_every_module_and_folder() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package = ROOT / "src" / "merge_adapter"
     names = {path.name for path in package.glob("*.py")} | {
-        path.parent.name + "/" for path in package.glob("*/__init__.py")
+        path.parent.name + "/" for path in package.glob("**/__init__.py") if path.parent != package
     }
     assert [name for name in sorted(names) if name[0] != "_" and name not in text] == []
 

@@ -21,7 +21,7 @@ from merge_adapter.checkpoint import writer as writing
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import InputError, MalformedError, StorageError
 from merge_adapter.merge import merge
-from merge_adapter.methods import blocks
+from merge_adapter.methods.row_blocks import cutting as blocks
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.types import (
     Adapter,

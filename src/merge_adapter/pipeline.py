@@ -125,7 +125,7 @@ def verify_merged(
 ) -> tuple[Resolved, Verification]:
     """Judge a merged checkpoint, whoever made it. Writes nothing to it."""
     from merge_adapter.verify import verify
-    from merge_adapter.verify.storage import PICKLED, SAFETENSORS
+    from merge_adapter.verify.models.storage import PICKLED, SAFETENSORS
 
     candidate = open_reference(merged, what="merged model", hub=hub, subfolder=subfolder)
     if not {"config.json", "modules.json", *SAFETENSORS, *PICKLED}.intersection(candidate.files):
@@ -253,7 +253,7 @@ def _build(
     from merge_adapter.package import package
 
     if request.gate is not None and quantization_of(sources.base.config) is not None:
-        from merge_adapter.verify.quantized import check_library
+        from merge_adapter.verify.models.quantized import check_library
 
         check_library(sources.base.config)  # said before the work, not after it
     check_space(output.parent, plan.disk_bytes)

@@ -14,17 +14,17 @@ from merge_adapter.checkpoint.output import INDEX, OutputShard, index_text, lay_
 from merge_adapter.checkpoint.quantization import quantization_of
 from merge_adapter.errors import AccountingError, BaseModelError, UnknownModulesError, UnmergeableError
 from merge_adapter.methods.adapter_file import AdapterFile, moved, other_readings, read_adapter
-from merge_adapter.methods.blocks import BLOCK_ELEMENTS
 from merge_adapter.methods.change import Change, Kind, ModuleChange, Planned, TensorSpec
-from merge_adapter.methods.combine import CombinedFile, combine, without_copies
-from merge_adapter.methods.combine_vectors import CombinedVectors
-from merge_adapter.methods.combined import Together
+from merge_adapter.methods.combinations.combined import Together
+from merge_adapter.methods.combinations.low_rank import CombinedFile, combine, without_copies
+from merge_adapter.methods.combinations.vectors import CombinedVectors
 from merge_adapter.methods.config import check_config
 from merge_adapter.methods.dispatch import plan_adapter
+from merge_adapter.methods.lora.replication import layer_sources, with_replicas
+from merge_adapter.methods.lora.starts import changed_base, check_residual, check_start
 from merge_adapter.methods.refuse import check_method
-from merge_adapter.methods.replication import layer_sources, with_replicas
-from merge_adapter.methods.starts import changed_base, check_residual, check_start
-from merge_adapter.methods.sums import ModulesInTurn, SumOfModules
+from merge_adapter.methods.row_blocks.cutting import BLOCK_ELEMENTS
+from merge_adapter.methods.row_blocks.sums import ModulesInTurn, SumOfModules
 from merge_adapter.names.choose import split_targets
 from merge_adapter.names.one_way import OneWayError, load_parameters, note_on
 from merge_adapter.types import Adapter, CombinationType, MergeSettings, Resolved, Strategy

@@ -31,7 +31,7 @@ from merge_adapter.errors import (
     NotFoundError,
     PolicyError,
 )
-from merge_adapter.methods.combine import check_combination
+from merge_adapter.methods.combinations.low_rank import check_combination
 from merge_adapter.methods.refuse import check_method
 from merge_adapter.originals import settle_base
 from merge_adapter.several import check_adapters, compare_revisions, compare_tokenizers

@@ -17,11 +17,11 @@ from merge_adapter.checkpoint.header import build_header
 from merge_adapter.checkpoint.output import OutputShard
 from merge_adapter.checkpoint.reader import buffer_of
 from merge_adapter.checkpoint.writer import ShardWriter, copy_file
-from merge_adapter.methods.blocks import block_rows
 from merge_adapter.methods.change import Kind, ModuleChange, Replacement, RowChange, TensorSpec, Weights
-from merge_adapter.methods.rows import Retained, RowRun, as_rows, kept_and_asked
-from merge_adapter.methods.scratch import Scratch, scratch_on
-from merge_adapter.methods.sums import ModulesTogether
+from merge_adapter.methods.row_blocks.cutting import block_rows
+from merge_adapter.methods.row_blocks.rows import Retained, RowRun, as_rows, kept_and_asked
+from merge_adapter.methods.row_blocks.scratch import Scratch, scratch_on
+from merge_adapter.methods.row_blocks.sums import ModulesTogether
 from merge_adapter.plan import MergePlan, Step
 from merge_adapter.types import FileOrigin, OutputFile, Repository, Task
 from merge_adapter.workers import Job, Queues, Stop

@@ -33,8 +33,8 @@ from merge_adapter.types import (
     Resolved,
     Silent,
 )
-from merge_adapter.verify.loading import Kind
-from merge_adapter.verify.quantized import dequantized_folder
+from merge_adapter.verify.models.loading import Kind
+from merge_adapter.verify.models.quantized import dequantized_folder
 
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,

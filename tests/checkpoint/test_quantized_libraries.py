@@ -22,8 +22,8 @@ from merge_adapter.pipeline import Merged, MergeRequest, merge_to_folder
 from merge_adapter.resolve import SourceRequest, resolve
 from merge_adapter.types import BaseModel, MergeSettings, QuantizedBase, Silent, Strategy, Verdict
 from merge_adapter.verify import VerifySettings, verify
-from merge_adapter.verify.loading import Kind
-from merge_adapter.verify.quantized import dequantized_folder
+from merge_adapter.verify.models.loading import Kind
+from merge_adapter.verify.models.quantized import dequantized_folder
 
 Make = Callable[[Path, Path], None]
 """Makes a quantised checkpoint from the one in the first folder, in the second."""

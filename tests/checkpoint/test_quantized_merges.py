@@ -23,7 +23,7 @@ from merge_adapter.hub import Hub
 from merge_adapter.resolve import SourceRequest, resolve
 from merge_adapter.types import QuantizedBase, Verdict
 from merge_adapter.verify import VerifySettings, verify
-from merge_adapter.verify import quantized as judged
+from merge_adapter.verify.models import quantized as judged
 
 Copy = Callable[..., Path]
 FAST = ("--probe-tokens", "128", "--quiet")

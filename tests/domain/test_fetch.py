@@ -101,7 +101,7 @@ def test_it_is_not_shown_either_where_models_continue_the_first_tokens_of_docume
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As they do where no sentence is short enough: here, none may be."""
-    monkeypatch.setattr("merge_adapter.verify.beginnings.LONGEST", 0)
+    monkeypatch.setattr("merge_adapter.verify.probes.beginnings.LONGEST", 0)
     data, _ = push("data", {"train.jsonl": lines(ROWS)})
     request = MergeRequest(
         SourceRequest((str(adapter(data)),), base_model=str(lm_base)),

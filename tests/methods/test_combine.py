@@ -21,7 +21,7 @@ from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.cli import run
 from merge_adapter.errors import InputError, MethodError, ShapeError
 from merge_adapter.merge import merge
-from merge_adapter.methods.combine import check_combination
+from merge_adapter.methods.combinations.low_rank import check_combination
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.publish.identity import identity_of_report, identity_of_sources
 from merge_adapter.report.document import build, validate_judgement, verdict_only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merge_adapter.methods.ghost import ghostly, is_ghost
+from merge_adapter.methods.peft_layers.ghost import ghostly, is_ghost
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 5), (2, 3, 4)])

@@ -12,8 +12,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from merge_adapter.methods.change import TensorSpec
-from merge_adapter.methods.resizing import label_heads
-from merge_adapter.verify.kinds import HEADS
+from merge_adapter.methods.edits.resizing import label_heads
+from merge_adapter.verify.models.kinds import HEADS
 
 LABELS = 1013
 """So many that no other size of a model is taken for it."""

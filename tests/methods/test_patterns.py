@@ -11,8 +11,8 @@ import pytest
 from merge_adapter.errors import MalformedError
 from merge_adapter.methods import patterns
 from merge_adapter.methods.patterns import check_lengths, check_patterns, is_cheap, patterns_of
-from merge_adapter.verify.adapters import read_adapter
-from merge_adapter.verify.loading import adapt
+from merge_adapter.verify.models.adapters import read_adapter
+from merge_adapter.verify.models.loading import adapt
 
 PATHS = [f"model.layers.{number}.self_attn.q_proj" for number in range(32)]
 UNSLOTH = (

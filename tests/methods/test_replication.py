@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_adapter.errors import BaseModelError, MalformedError, MethodError
 from merge_adapter.merge import merge
-from merge_adapter.methods.replication import layer_sources
+from merge_adapter.methods.lora.replication import layer_sources
 from merge_adapter.package import package
 from merge_adapter.plan import make_plan
 from merge_adapter.types import MergeSettings, Silent, Strategy, Verdict

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from merge_adapter.checkpoint.folder import Folder
 from merge_adapter.errors import BaseModelError, MethodError
 from merge_adapter.merge import merge
-from merge_adapter.methods.starts import changed_base
+from merge_adapter.methods.lora.starts import changed_base
 from merge_adapter.plan import MergePlan, make_plan
 from merge_adapter.types import (
     Adapter,

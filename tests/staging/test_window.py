@@ -13,7 +13,7 @@ from merge_adapter.checkpoint.layout import find_layout
 from merge_adapter.errors import HubError, MalformedError, StorageError
 from merge_adapter.staging.paging import HerePager, Resident
 from merge_adapter.staging.window import Window, check_sparse, disk_use, sparse_file
-from merge_adapter.verify.places import Place, Places, same_in
+from merge_adapter.verify.memory.places import Place, Places, same_in
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_the_merged_model_runs_without_peft_network_or_secrets(
     real = subprocess.Popen
 
     def spy(command: list[str], **options: Any) -> Any:
-        if "merge_adapter.verify.arm" in command:
+        if "merge_adapter.verify.outputs.arm" in command:
             seen.append((command, options["env"]))
         return real(command, **options)
 

@@ -17,7 +17,7 @@ from merge_adapter.domain.records import FORMATS, format_of, read_records
 from merge_adapter.errors import HubError, MalformedError, MergeAdapterError, NotFoundError, PolicyError
 from merge_adapter.packaging.metadata import named_datasets
 from merge_adapter.types import Progress, Repository, Resolved
-from merge_adapter.verify.domain import Dataset
+from merge_adapter.verify.probes.domain import Dataset
 from merge_adapter.verify.settings import VerifySettings
 
 if TYPE_CHECKING:

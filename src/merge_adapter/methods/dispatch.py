@@ -53,14 +53,14 @@ def plan_adapter(
         context = _context(sources, settings, adapter, tensors, base, names)
         in_rows = False
     if in_rows:
-        from merge_adapter.methods.lora import plan_lora, sort_tensors
+        from merge_adapter.methods.lora.planner import plan_lora, sort_tensors
 
         planned = plan_lora(context)
         factors = {one.module: one.names for one in sort_tensors(tensors).factors}
         check_reached(adapter.config, factors)
         check_factors(context, factors, lambda: _general(sources, settings, adapter, tensors, base, method))
     else:
-        from merge_adapter.methods.peft_layer import plan_peft  # imports torch and PEFT
+        from merge_adapter.methods.peft_layers.planner import plan_peft  # imports torch and PEFT
 
         planned = plan_peft(context, in_memory=in_memory)
     check_promised(context, split_targets(tensors, method.prefixes)[1])

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection
 
 from merge_adapter.errors import AccountingError
 from merge_adapter.methods.change import Context, NameMap
-from merge_adapter.methods.lora_targets import INSIDE
+from merge_adapter.methods.edits.replacements import is_saved
+from merge_adapter.methods.lora.targets import INSIDE
+from merge_adapter.methods.lora.tokens import split_tokens
 from merge_adapter.methods.reach import reaches
-from merge_adapter.methods.replacements import is_saved
-from merge_adapter.methods.tokens import split_tokens
 from merge_adapter.names.choose import NoNames
 
 
@@ -53,8 +53,8 @@ def check_factors(
         return
     from peft.tuners.lora.layer import LoraLayer
 
-    from merge_adapter.methods.ghost import ghostly
-    from merge_adapter.methods.peft_model import adapt
+    from merge_adapter.methods.peft_layers.ghost import ghostly
+    from merge_adapter.methods.peft_layers.model import adapt
     from merge_adapter.names.conversion import ConvertedNames
 
     names = context.names if isinstance(context.names, ConvertedNames) else general()

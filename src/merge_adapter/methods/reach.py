@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from merge_adapter.errors import AccountingError
-from merge_adapter.methods.lora_targets import INSIDE
+from merge_adapter.methods.lora.targets import INSIDE
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer of a model; it saves their names in its place."""

@@ -30,8 +30,8 @@ from merge_adapter.methods.change import (
     TensorSpec,
     Weights,
 )
-from merge_adapter.methods.edits import config_without_ties
-from merge_adapter.methods.tying import check_can_part
+from merge_adapter.methods.edits.placing import config_without_ties
+from merge_adapter.methods.edits.tying import check_can_part
 from merge_adapter.types import Repository, Resolved
 
 if TYPE_CHECKING:

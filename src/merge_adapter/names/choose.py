@@ -8,8 +8,8 @@ from typing import Any
 
 from merge_adapter.errors import PolicyError
 from merge_adapter.methods.change import NameMap, TensorSpec
-from merge_adapter.methods.replication import layer_sources
-from merge_adapter.methods.resizing import label_heads
+from merge_adapter.methods.edits.resizing import label_heads
+from merge_adapter.methods.lora.replication import layer_sources
 from merge_adapter.methods.task import headed_class, is_labelled
 from merge_adapter.names.direct import DirectNames, direct_names
 from merge_adapter.types import BaseModel

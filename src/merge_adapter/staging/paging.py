@@ -22,8 +22,8 @@ from torch import Tensor, UntypedStorage
 
 from merge_adapter.errors import MergeAdapterError, StorageError
 from merge_adapter.staging.window import Window
-from merge_adapter.verify.asking import socket_address
-from merge_adapter.verify.places import Place, Places, span
+from merge_adapter.verify.memory.places import Place, Places, span
+from merge_adapter.verify.outputs.asking import socket_address
 
 BLOCK = 64 << 10
 """Bytes that come and go together."""

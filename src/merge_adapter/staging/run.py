@@ -171,7 +171,7 @@ class Passage:
     def _open_gate(self, stack: ExitStack) -> None:
         if self.request.gate is None:
             return
-        from merge_adapter.verify.mapped import paged
+        from merge_adapter.verify.memory.mapped import paged
         from merge_adapter.verify.shardwise import ShardGate
 
         stack.enter_context(paged(self.pager))

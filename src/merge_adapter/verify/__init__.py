@@ -32,7 +32,7 @@ def verify(
     What is wrong with the merged folder is never raised: it is the verdict.
     """
     if sources.adapter.method in SOFT_PROMPTS:
-        from merge_adapter.verify.soft_prompt import SoftPromptGate
+        from merge_adapter.verify.soft_prompt.gate import SoftPromptGate
 
         return SoftPromptGate(merged, sources, settings or VerifySettings(), progress or Silent()).run()
     from merge_adapter.verify.gate import Gate

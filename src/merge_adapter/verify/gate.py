@@ -17,15 +17,9 @@ import torch
 
 from merge_adapter.errors import BaseModelError, MalformedError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
-from merge_adapter.verify.adapters import AdapterFile, fitted, names_read, read_adapter, saved_twice
-from merge_adapter.verify.batches import vocabulary
-from merge_adapter.verify.configs import judge_configs, judge_generation
-from merge_adapter.verify.expectations import Expectations, expectations
-from merge_adapter.verify.files import judge_files, local_layout, unloaded_tensors
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict
-from merge_adapter.verify.interview import Interview, Subject
-from merge_adapter.verify.layers import judge_layers, layer_findings, layer_section
-from merge_adapter.verify.loading import (
+from merge_adapter.verify.models.adapters import AdapterFile, fitted, names_read, read_adapter, saved_twice
+from merge_adapter.verify.models.loading import (
     Kind,
     Loaded,
     adapt,
@@ -37,23 +31,29 @@ from merge_adapter.verify.loading import (
     load_model,
     read_json,
 )
-from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
-from merge_adapter.verify.placed import known_oracle
-from merge_adapter.verify.process import OwnProcess
-from merge_adapter.verify.processors import judge_processors
-from merge_adapter.verify.provenance import judge_effect, judge_provenance
-from merge_adapter.verify.quantized import dequantized_folder, stated
-from merge_adapter.verify.sentences import judge_modules
+from merge_adapter.verify.models.quantized import dequantized_folder, stated
+from merge_adapter.verify.models.storage import Checkpoint, Layout, local_layout
+from merge_adapter.verify.outputs.interview import Interview, Subject
+from merge_adapter.verify.outputs.placed import known_oracle
+from merge_adapter.verify.outputs.process import OwnProcess
+from merge_adapter.verify.outputs.sentences import judge_modules
+from merge_adapter.verify.probes.batches import vocabulary
+from merge_adapter.verify.repository.configs import judge_configs, judge_generation
+from merge_adapter.verify.repository.files import judge_files, unloaded_tensors
+from merge_adapter.verify.repository.processors import judge_processors
+from merge_adapter.verify.repository.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.settings import VerifySettings
-from merge_adapter.verify.storage import Checkpoint, Layout
-from merge_adapter.verify.tensors import (
+from merge_adapter.verify.weights.expectations import Expectations, expectations
+from merge_adapter.verify.weights.judging import Agreement
+from merge_adapter.verify.weights.layers import judge_layers, layer_findings, layer_section
+from merge_adapter.verify.weights.mutants import Outcome, judge_mutants, run_mutants
+from merge_adapter.verify.weights.tensors import (
     WeightsPart,
     judge_tensors,
     named_tensors,
     stored_dtypes,
     weights_section,
 )
-from merge_adapter.verify.weights import Agreement
 
 
 class Gate:

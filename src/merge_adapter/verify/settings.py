@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_adapter.types import DType
-from merge_adapter.verify.domain import Dataset
+from merge_adapter.verify.probes.domain import Dataset
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class VerifySettings:
     probe_tokens: int | None = None
     """Tokens that every arm of the output part reads. None: as many as it takes to show that the adapter does more than
     rounding, 512 at most on a CPU and 2048 on a GPU. Four documents are read in any case; see
-    `merge_adapter.verify.rounds`."""
+    `merge_adapter.verify.outputs.rounds`."""
     probes: Path | None = None
     """The user's own probe documents, one per line, or JSON lines (.jsonl) with a `text` or `messages` key each; they
     come before the ones that ship with the package."""

@@ -16,15 +16,11 @@ from torch import Tensor
 
 from merge_adapter.errors import BaseModelError, MalformedError
 from merge_adapter.types import Progress, Resolved, Verification
-from merge_adapter.verify.adapters import AdapterFile, fitted, read_adapter
-from merge_adapter.verify.batches import vocabulary
-from merge_adapter.verify.expectations import Expectations, expectations
-from merge_adapter.verify.files import judge_files, unloaded_tensors
 from merge_adapter.verify.findings import Finding, Weight, fault, reasons, undecided, verdict
 from merge_adapter.verify.gate import Gate
-from merge_adapter.verify.interview import Interview, Subject
-from merge_adapter.verify.layers import LayerEvidence, judge_layers, layer_findings, layer_section
-from merge_adapter.verify.loading import (
+from merge_adapter.verify.memory.places import Place, Places, same_in, supported
+from merge_adapter.verify.models.adapters import AdapterFile, fitted, read_adapter
+from merge_adapter.verify.models.loading import (
     Loaded,
     adapt,
     inner,
@@ -32,14 +28,19 @@ from merge_adapter.verify.loading import (
     labels_of,
     load_base,
 )
-from merge_adapter.verify.mutants import Outcome, judge_mutants, run_mutants
-from merge_adapter.verify.oracle import Computed
-from merge_adapter.verify.places import Place, Places, same_in, supported
-from merge_adapter.verify.processors import judge_processors
-from merge_adapter.verify.provenance import judge_effect, judge_provenance
+from merge_adapter.verify.models.storage import Checkpoint, Layout
+from merge_adapter.verify.outputs.interview import Interview, Subject
+from merge_adapter.verify.probes.batches import vocabulary
+from merge_adapter.verify.repository.files import judge_files, unloaded_tensors
+from merge_adapter.verify.repository.processors import judge_processors
+from merge_adapter.verify.repository.provenance import judge_effect, judge_provenance
 from merge_adapter.verify.settings import VerifySettings
-from merge_adapter.verify.storage import Checkpoint, Layout
-from merge_adapter.verify.tensors import (
+from merge_adapter.verify.weights.computed import Computed
+from merge_adapter.verify.weights.expectations import Expectations, expectations
+from merge_adapter.verify.weights.judging import Agreement, TensorEvidence
+from merge_adapter.verify.weights.layers import LayerEvidence, judge_layers, layer_findings, layer_section
+from merge_adapter.verify.weights.mutants import Outcome, judge_mutants, run_mutants
+from merge_adapter.verify.weights.tensors import (
     judge_held,
     key_set,
     named_tensors,
@@ -47,7 +48,6 @@ from merge_adapter.verify.tensors import (
     weights_part,
     weights_section,
 )
-from merge_adapter.verify.weights import Agreement, TensorEvidence
 
 _ALTERNATIVE = "Leave the disk budget out: with the whole model on the disk the gate can judge it."
 

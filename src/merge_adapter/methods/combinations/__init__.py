@@ -1,0 +1,1 @@
+"""Several adapters as PEFT's `add_weighted_adapter` makes them one, their tensors made when they are read."""

@@ -1,0 +1,1 @@
+"""LoRA's family in closed form, row block by row block."""

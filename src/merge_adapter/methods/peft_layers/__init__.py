@@ -1,0 +1,1 @@
+"""Every other method: PEFT's own layers, run on one module at a time."""

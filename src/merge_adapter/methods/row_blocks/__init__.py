@@ -1,0 +1,1 @@
+"""Row changes carried out over one tensor, block by block."""

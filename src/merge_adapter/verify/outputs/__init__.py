@@ -1,0 +1,1 @@
+"""The outputs and text parts: what base, base + adapter and merged model answer."""

@@ -1,0 +1,1 @@
+"""What a repository holds beside its weights' values: files, config, tokenizer, processors, provenance."""

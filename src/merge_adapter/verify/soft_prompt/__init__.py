@@ -1,0 +1,1 @@
+"""The gate for a soft prompt that became tokens of the vocabulary."""

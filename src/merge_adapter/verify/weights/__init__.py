@@ -1,0 +1,1 @@
+"""The weights, modules and mutants parts: each tensor against an oracle computed apart from the merge."""
