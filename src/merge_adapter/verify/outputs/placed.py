@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from merge_adapter.verify.memory.lazy import Fill, lazy_content, set_tensor, widen
+from merge_adapter.verify.memory.lazy import PIECE, Fill, lazy_content, set_tensor, widen
 from merge_adapter.verify.memory.mapped import is_paged
 from merge_adapter.verify.rounding import is_narrower, rounded
 from merge_adapter.verify.weights.expectations import Expectations
@@ -112,7 +112,7 @@ def _rows(update: Update, name: str, storage: torch.dtype, how: Rounding) -> Fil
     def fill(start: int, stop: int, out: Tensor) -> None:
         start, stop, out = start * each, stop * each, out.view(-1, update.width)
         # always the same blocks, whichever rows are asked for: what is random in them must not depend on that
-        for first, last in blocks_of(update):
+        for first, last in blocks_of(update, PIECE):
             low, high = max(first, start), min(last, stop)
             if low < high:
                 rows = how(update, name, first, last, storage)

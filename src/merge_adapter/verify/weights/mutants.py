@@ -30,6 +30,9 @@ SAMPLED = 3
 LARGEST = 1 << 20
 """Elements of a tensor above which a mutant is made on the first rows that change, and not put to the modules part."""
 
+PIECE = 1 << 17
+"""Elements in which a fault is made and looked for at a time: the first of them tells."""
+
 ADAPTERS = 8
 """Adapters, of several merged at once, each of which is left out in turn."""
 
@@ -266,7 +269,7 @@ def _picked(mutant: Mutant, updates: Mapping[str, Update], changed: Callable[[st
 
 def _first_changed(update: Update) -> int | None:
     """The first row of the first block that the update changes; None when it changes nothing."""
-    for start, stop in blocks_of(update):
+    for start, stop in blocks_of(update, PIECE):
         if bool(changed_rows(update, start, stop).any()):
             return start
     update.forget()
@@ -283,7 +286,7 @@ def _caught(
     update, layer = expected.updates[name], expected.layers.get(name)
     head = max(1, min(update.rows, LARGEST // max(1, update.width)))
     first = min(first, update.rows - head)
-    runs = [(first + start, first + stop) for start, stop in blocks((head, update.width))]
+    runs = [(first + start, first + stop) for start, stop in blocks((head, update.width), PIECE)]
     made = (faulty_rows(mutant, update, start, stop, dtype, seed) for start, stop in runs)
     # one wrong row is a wrong tensor: what comes after it need not be made
     seen: list[Tensor] = []
