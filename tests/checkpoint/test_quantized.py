@@ -33,7 +33,7 @@ from merge_adapter.types import (
     Resolved,
     Silent,
 )
-from merge_adapter.verify.models.loading import Kind
+from merge_adapter.verify.models.kinds import Kind
 from merge_adapter.verify.models.quantized import dequantized_folder
 
 LLAMA = {

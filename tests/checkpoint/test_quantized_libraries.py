@@ -22,7 +22,7 @@ from merge_adapter.pipeline import Merged, MergeRequest, merge_to_folder
 from merge_adapter.resolve import SourceRequest, resolve
 from merge_adapter.types import BaseModel, MergeSettings, QuantizedBase, Silent, Strategy, Verdict
 from merge_adapter.verify import VerifySettings, verify
-from merge_adapter.verify.models.loading import Kind
+from merge_adapter.verify.models.kinds import Kind
 from merge_adapter.verify.models.quantized import dequantized_folder
 
 Make = Callable[[Path, Path], None]

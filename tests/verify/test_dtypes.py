@@ -14,7 +14,8 @@ from torch import Tensor
 
 from merge_adapter.types import Verdict
 from merge_adapter.verify import VerifySettings
-from merge_adapter.verify.models.loading import Kind, load_model
+from merge_adapter.verify.models.kinds import Kind
+from merge_adapter.verify.models.loading import load_model
 from merge_adapter.verify.weights.tensors import named_tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

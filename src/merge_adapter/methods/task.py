@@ -12,7 +12,7 @@ _HEADED = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 """Task type -> how the names of its classes end."""
-_HEAD = re.compile(r"For(?:[A-Z]\w*Classification|QuestionAnswering)")
+_HEAD = re.compile(r"For(?:[A-Z]\w*(?:Classification|Segmentation)|QuestionAnswering)")
 
 
 def trained_class(config: Mapping[str, Any]) -> str:
@@ -36,4 +36,4 @@ def headed_class(config: Mapping[str, Any]) -> str:
 
 def is_labelled(config: Mapping[str, Any]) -> bool:
     """Whether that head has one row per label."""
-    return headed_class(config).endswith("Classification")
+    return headed_class(config).endswith(("Classification", "Segmentation"))

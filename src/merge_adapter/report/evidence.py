@@ -147,6 +147,8 @@ def _outputs(section: Mapping[str, Any]) -> Row:
         text += f"; {section['label_flips']} labels flipped, {section['label_flips_base']} by the base"
     elif section["kind"] == "embedding":
         text += f"; neighbours kept {section.get('neighbour_overlap', 1.0):.1%}"
+    elif section["kind"] == "other":
+        text += f"; cosine similarity {error['agreement']:.2%}, base {effect['agreement']:.2%}"
     else:
         text += f"; same first choice {error['agreement']:.2%}, base {effect['agreement']:.2%}"
     return Row("outputs", _result(section), text)

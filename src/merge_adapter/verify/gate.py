@@ -19,13 +19,12 @@ from merge_adapter.errors import BaseModelError, MalformedError, NotFoundError
 from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict
 from merge_adapter.verify.models.adapters import AdapterFile, fitted, names_read, read_adapter, saved_twice
+from merge_adapter.verify.models.kinds import Kind, kind_of
 from merge_adapter.verify.models.loading import (
-    Kind,
     Loaded,
     adapt,
     base_folder,
     base_layout,
-    kind_of,
     labels_of,
     load_base,
     load_model,

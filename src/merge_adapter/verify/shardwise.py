@@ -20,14 +20,8 @@ from merge_adapter.verify.findings import Finding, Weight, fault, reasons, undec
 from merge_adapter.verify.gate import Gate
 from merge_adapter.verify.memory.places import Place, Places, same_in, supported
 from merge_adapter.verify.models.adapters import AdapterFile, fitted, read_adapter
-from merge_adapter.verify.models.loading import (
-    Loaded,
-    adapt,
-    inner,
-    kind_of,
-    labels_of,
-    load_base,
-)
+from merge_adapter.verify.models.kinds import kind_of
+from merge_adapter.verify.models.loading import Loaded, adapt, inner, labels_of, load_base
 from merge_adapter.verify.models.storage import Checkpoint, Layout
 from merge_adapter.verify.outputs.interview import Interview, Subject
 from merge_adapter.verify.probes.batches import vocabulary

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from merge_adapter.verify.memory.lazy import LazyFloat, lazy, set_tensor, widen
-from merge_adapter.verify.models.loading import Kind, load_model
+from merge_adapter.verify.models.kinds import Kind
+from merge_adapter.verify.models.loading import load_model
 
 CPU = torch.device("cpu")
 

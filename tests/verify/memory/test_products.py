@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from merge_adapter.verify.memory.lazy import LazyFloat, lazy, widen
 from merge_adapter.verify.memory.products import RESIDENT, fast_products
-from merge_adapter.verify.models.loading import Kind, load_model
+from merge_adapter.verify.models.kinds import Kind
+from merge_adapter.verify.models.loading import load_model
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_adapter.types import Verdict
+from merge_adapter.hub import Hub
+from merge_adapter.pipeline import MergeRequest, merge_to_folder
+from merge_adapter.resolve import SourceRequest
+from merge_adapter.types import Silent, Verdict
 from merge_adapter.verify import VerifySettings
 
 TEXT = {"vocab_size": 2048, "initializer_range": 0.2}
@@ -161,6 +164,22 @@ def wav2vec2(t: Any) -> Any:
     )  # fmt: skip
 
 
+def segformer(t: Any) -> Any:
+    return t.SegformerConfig(
+        image_size=32, depths=[1, 1], num_encoder_blocks=2, sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=5,
+        initializer_range=0.2,
+    )  # fmt: skip
+
+
+def videomae(t: Any) -> Any:
+    return t.VideoMAEConfig(**SIGHT, num_frames=4, tubelet_size=2, num_labels=3)
+
+
+def yolos(t: Any) -> Any:
+    return t.YolosConfig(**{**SIGHT, "image_size": [16, 16]}, num_detection_tokens=3, num_labels=4)
+
+
 def mixtral(t: Any) -> Any:
     return t.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
 
@@ -257,6 +276,17 @@ CASES = {
     "vit features": Case(
         "AutoModel", lambda t: t.ViTConfig(**SIGHT), ATTENTION, "embedding", tokenizer=False
     ),
+    "segments": Case(
+        "AutoModelForSemanticSegmentation",
+        segformer,
+        ["q_proj", "v_proj", "query", "value"],
+        "other",
+        saved=("decode_head",),
+        tokenizer=False,
+    ),
+    "videos": Case("AutoModelForVideoClassification", videomae, ["query", "value"], "other", tokenizer=False),
+    "boxes": Case("AutoModelForObjectDetection", yolos, ["query", "value"], "other", tokenizer=False),
+    "two heads": Case("AutoModelForPreTraining", lambda t: t.BertConfig(**ENCODER), BERT, "other"),
     "whisper": Case("AutoModelForSpeechSeq2Seq", whisper, ATTENTION, "speech-seq2seq"),
     "wav2vec2": Case("AutoModelForCTC", wav2vec2, ATTENTION, "speech-ctc", tokenizer=False),
     "experts": Case(
@@ -461,3 +491,38 @@ def test_a_picture_takes_part_in_the_answer(made: Callable[[str, str], Made], tm
     result = right.judge(merged)
     assert result.verdict is Verdict.FAIL
     assert result.evidence["outputs"]["verdict"] == "fail", result.reasons
+
+
+def test_segments_learnt_on_a_base_that_classifies(tmp_path: Path, silence: Any) -> None:
+    """PEFT's own example: another class, a head of its own with as many labels, and its running means."""
+    import peft
+    import transformers
+
+    with silence():
+        torch.manual_seed(3)
+        config = segformer(transformers)
+        config.num_labels = 9
+        transformers.SegformerForImageClassification(config).save_pretrained(tmp_path / "base")
+        trained = peft.get_peft_model(
+            transformers.SegformerForSemanticSegmentation.from_pretrained(
+                tmp_path / "base", num_labels=4, ignore_mismatched_sizes=True
+            ),
+            peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["decode_head"]),
+        )
+        for value in trained.parameters():
+            if value.requires_grad:
+                value.data.add_(torch.randn(value.shape) * 0.1)
+        trained.save_pretrained(tmp_path / "adapter")
+    request = MergeRequest(
+        SourceRequest((str(tmp_path / "adapter"),), base_model=str(tmp_path / "base")),
+        gate=VerifySettings(isolated=False),
+    )
+    hub = Hub(endpoint="http://127.0.0.1:9", token=None)
+    made = merge_to_folder(request, tmp_path / "merged", hub=hub, progress=Silent())
+    assert made.verification.verdict is Verdict.PASS, made.verification.reasons
+    with silence():
+        loaded = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "merged")
+        pictures = torch.rand(2, 3, 32, 32)
+        expected = trained.eval()(pictures).logits
+    assert loaded.config.num_labels == 4
+    torch.testing.assert_close(loaded(pictures).logits, expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,8 @@ import torch
 
 from merge_adapter.types import Verdict
 from merge_adapter.verify import VerifySettings
-from merge_adapter.verify.models.loading import Kind, load_model
+from merge_adapter.verify.models.kinds import Kind
+from merge_adapter.verify.models.loading import load_model
 from merge_adapter.verify.outputs.answers import continued, greedy, taught
 from merge_adapter.verify.outputs.greedy import judge_written
 from merge_adapter.verify.outputs.reading import Written

@@ -18,6 +18,8 @@ _LABEL_HEADS = (
     "classifier_distill.linear.weight", "cls_classifier.weight", "distillation_classifier.weight",
     "classification_head.out_proj.weight", "sequence_summary.summary.weight", "logits_proj.weight", "fc.weight",
     "head.weight", "dist_head.weight", "perceiver.decoder.decoder.final_layer.weight",
+    "decode_head.classifier.weight", "auxiliary_head.classifier.weight", "decoder.head.weight", "head.head.4.weight",
+    "auxiliary_head.head.4.weight", "segmentation_head.classifier.convolution.weight",
 )  # fmt: skip
 """The weights with one row per label in the classes of transformers; a test asks all of them."""
 _BEFORE_THE_LAST = ("classifier.dense.weight", "sequence_summary.summary.weight")

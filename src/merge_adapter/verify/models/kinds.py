@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -24,6 +25,8 @@ class Kind(StrEnum):
     AUDIO = "audio-classifier"
     SPEECH = "speech-seq2seq"
     CTC = "speech-ctc"
+    OTHER = "other"
+    """What a class with another head gives, such as one that segments pictures: all of its numbers."""
 
 
 AUTO_CLASS = {
@@ -50,13 +53,14 @@ _TASKS = {
     "FEATURE_EXTRACTION": Kind.EMBEDDING,
 }
 
-HEADED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.SPANS, Kind.IMAGES, Kind.AUDIO)
-"""Kinds whose head has one row per label."""
+HEADED = (Kind.CLASSIFIER, Kind.TOKENS, Kind.SPANS, Kind.IMAGES, Kind.AUDIO, Kind.OTHER)
+"""Kinds whose head may have one row per label."""
 
 HEADS = (
     "score", "score.out_proj", "classifier", "classifier.out_proj", "classifier.linear_out", "classifier.linear",
     "classifier.1", "classification_head.out_proj", "logits_proj", "qa_outputs", "cls_classifier", "fc", "head",
-    "perceiver.decoder.decoder.final_layer",
+    "perceiver.decoder.decoder.final_layer", "decode_head.classifier", "segmentation_head.classifier.convolution",
+    "head.head.4", "decoder.head",
     "sequence_summary.summary", "classifier.dense",  # last: hidden layers in other classes that have them
 )  # fmt: skip
 """Final layers whose number of rows is the number of labels, over transformers' architectures."""
@@ -65,7 +69,7 @@ HEADS = (
 def kind_of(sources: Resolved) -> Kind:
     """What the adapted model answers with: the adapter's task says it, else its class in training, else the base's."""
     task = sources.adapter.config.get("task_type")
-    architecture = _trained_on(sources.adapter.config) or _architecture(sources.base.config)
+    architecture = trained_on(sources.adapter.config) or _architecture(sources.base.config)
     perceiving = _perceiving(sources, architecture)
     if perceiving is not None:
         return perceiving
@@ -90,7 +94,15 @@ def kind_of(sources: Resolved) -> Kind:
     ):
         if architecture.endswith(suffix):
             return found
-    return _listed(sources.base.config.get("model_type"), architecture) or Kind.EMBEDDING
+    listed = _listed(sources.base.config.get("model_type"), architecture)
+    return listed or (Kind.OTHER if _has_a_head(architecture) else Kind.EMBEDDING)
+
+
+def _has_a_head(architecture: str) -> bool:
+    """Whether this is a class of transformers for a task, not what AutoModel would load in its place."""
+    import transformers
+
+    return re.search(r"For[A-Z]", architecture) is not None and hasattr(transformers, architecture)
 
 
 def _listed(model_type: object, architecture: str) -> Kind | None:
@@ -131,7 +143,7 @@ def _perceiving(sources: Resolved, architecture: str) -> Kind | None:
     return None
 
 
-def _trained_on(config: Mapping[str, Any]) -> str:
+def trained_on(config: Mapping[str, Any]) -> str:
     """The class of transformers that PEFT recorded when the adapter was made without a task type; "" for none."""
     recorded = config.get("auto_mapping")
     found = recorded if isinstance(recorded, Mapping) else {}

@@ -27,10 +27,7 @@ from merge_adapter.errors import (
 from merge_adapter.methods.patterns import check_patterns
 from merge_adapter.types import Repository, Resolved
 from merge_adapter.verify.models.adapters import PREFIX, AdapterFile, peft_config, peft_folder
-from merge_adapter.verify.models.kinds import AUTO_CLASS as AUTO_CLASS
-from merge_adapter.verify.models.kinds import HEADED, HEADS
-from merge_adapter.verify.models.kinds import Kind as Kind
-from merge_adapter.verify.models.kinds import kind_of as kind_of
+from merge_adapter.verify.models.kinds import AUTO_CLASS, HEADED, HEADS, Kind, trained_on
 from merge_adapter.verify.models.storage import Checkpoint, Layout, layout, local_layout, same_bytes
 from merge_adapter.verify.models.weighted import activate
 from merge_adapter.verify.rounding import is_narrower
@@ -123,18 +120,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     config_changes: Mapping[str, Any] | None = None,
+    architecture: str = "",
 ) -> Loaded:
     """The model in `folder` as plain transformers loads it for `kind`, on the CPU, weights mapped from the disk.
 
-    `dtype` None leaves each tensor in the dtype it is stored in. Heads the folder does not hold are made anew, and
-    listed as missing. Raises BaseModelError when transformers cannot load it at all, NotFoundError or MalformedError
+    `architecture`: the class, where the kind does not tell it; "" for the one that the folder's config names. `dtype`
+    None leaves each tensor in the dtype it is stored in. Heads the folder does not hold are made anew, and listed as
+    missing. Raises BaseModelError when transformers cannot load it at all, NotFoundError or MalformedError
     for weights that cannot be read.
     """
     if dtype is not None:
-        return _loaded(folder, kind, dtype, trust_remote_code, config_changes)
+        return _loaded(folder, kind, dtype, trust_remote_code, config_changes, architecture)
     with Checkpoint(folder, local_layout(folder).files) as held:
         for dtype in _dtypes_to_load_in(held):
-            loaded = _loaded(folder, kind, dtype, trust_remote_code, config_changes)
+            loaded = _loaded(folder, kind, dtype, trust_remote_code, config_changes, architecture)
             known = _as_stored(loaded.model, held) | set(loaded.unexpected)
             wider = {name for name, one in held.tensors.items() if _is_cut(one.torch_dtype, dtype)}
             if wider <= known:
@@ -153,11 +152,11 @@ def _loaded(
     dtype: torch.dtype,
     trust_remote_code: bool,  # noqa: FBT001 - handed on
     config_changes: Mapping[str, Any] | None,
+    architecture: str,
 ) -> Loaded:
     """The model with every tensor in `dtype`, but for those that transformers keeps in fp32."""
     import transformers
 
-    auto = getattr(transformers, AUTO_CLASS[kind])
     changes = dict(config_changes or {})
     # heads made anew come from torch's generator: a fixed seed makes the base arm the same in every run
     with recorded() as said, torch.random.fork_rng(devices=[]):
@@ -168,8 +167,7 @@ def _loaded(
             )
             for key, value in changes.items():
                 setattr(config, key, value)
-            auto = _encoder_alone(config, kind) or auto
-            model, info = auto.from_pretrained(
+            model, info = _class(config, kind, architecture).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -182,7 +180,8 @@ def _loaded(
             if ran_out_of_memory(error):
                 raise  # it says nothing of the model
             raise BaseModelError(
-                f"transformers cannot load {folder.name} as {auto.__name__}: {one_line(error)}"
+                f"transformers cannot load {folder.name} as {AUTO_CLASS.get(kind, architecture or 'its own class')}: "
+                f"{one_line(error)}"
             ) from error
     model.eval()
     errors = info.get("error_msgs") or []
@@ -198,16 +197,18 @@ def _loaded(
     )
 
 
-def _encoder_alone(config: Any, kind: Kind) -> Any:
-    """The class of a checkpoint with an encoder-decoder's encoder only, which AutoModel takes for both; else None."""
+def _class(config: Any, kind: Kind, architecture: str) -> Any:
+    """The class of transformers to load for `kind`.
+
+    AutoModel takes a checkpoint with the encoder of an encoder-decoder alone for one with both.
+    """
     import transformers
 
-    [name, *_] = config.architectures or [""]
-    return (
-        getattr(transformers, name, None)
-        if kind is Kind.EMBEDDING and name.endswith("EncoderModel")
-        else None
-    )
+    [own, *_] = config.architectures or [""]
+    if kind is Kind.OTHER:
+        return getattr(transformers, architecture or own)
+    encoder = own if kind is Kind.EMBEDDING and own.endswith("EncoderModel") else ""
+    return getattr(transformers, encoder, None) or getattr(transformers, AUTO_CLASS[kind])
 
 
 def one_line(error: BaseException) -> str:
@@ -230,7 +231,7 @@ def labels_of(adapters: tuple[AdapterFile, ...], kind: Kind) -> int | None:
         for head in HEADS:
             for key in (f"{PREFIX}{head}.weight", f"{PREFIX}{head}.modules_to_save.weight"):
                 tensor = file.tensors.get(key)
-                if tensor is not None and tensor.ndim == 2:
+                if tensor is not None and tensor.ndim > 1:
                     return int(tensor.shape[0])
     return None
 
@@ -245,7 +246,14 @@ def load_base(
     """The base with its head and vocabulary sized as the adapters need them."""
     labels = labels_of(adapters, kind)
     changes = {"num_labels": labels} if labels is not None else None
-    base = load_model(folder, kind, trust_remote_code=trust_remote_code, config_changes=changes)
+    architecture = next((name for file in adapters if (name := trained_on(file.adapter.config))), "")
+    base = load_model(
+        folder,
+        kind,
+        trust_remote_code=trust_remote_code,
+        config_changes=changes,
+        architecture=architecture,
+    )
     _fit_vocabulary(base.model, adapters)
     return base
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from merge_adapter.errors import BaseModelError, InputError, StorageError
-from merge_adapter.verify.models.loading import AUTO_CLASS, Kind, recorded
+from merge_adapter.verify.models.kinds import AUTO_CLASS, Kind
+from merge_adapter.verify.models.loading import recorded
 from merge_adapter.verify.models.storage import Checkpoint, local_layout
 
 _KEY = "quantization_config"

@@ -38,14 +38,19 @@ def answer(
 
     Language models and token classifiers: (documents, length, classes) logits. Classifiers: (documents, classes).
     Question answering: (documents, length, 2). Embedding models: (documents, width), through `tail` or mean-pooled
-    and of norm 1. Encoder-decoders read the document (or its sound) and are taught its text as the answer: at each
-    place the decoder has seen the tokens before it.
+    and of norm 1. Other classes: (documents, numbers), all that they give.
+
+    Encoder-decoders read the document (or its sound) and are taught its text as the answer: at each place the decoder
+    has seen the tokens before it.
     """
     if kind == "classifier" and len(batch) > 1 and not _pads(model):
         rows = (_unpadded(batch, row) for row in range(len(batch)))
         return torch.cat([answer(model, kind, one, device, tail) for one in rows])
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some classes draw what they hide from themselves
         output = _asked(model, batch)(**_arguments(model, kind, batch, device))
+    if kind == "other":
+        return _everything(output, len(batch))
     if kind == "question-answering":
         return torch.stack((output.start_logits, output.end_logits), -1).float().cpu()
     if kind == "embedding":
@@ -83,7 +88,7 @@ def _arguments(model: Any, kind: str, batch: Batch, device: torch.device) -> dic
     if kind in TAUGHT:
         inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
         inputs["decoder_attention_mask"] = shifted_mask(batch.mask).to(device)
-    elif kind == "embedding" and _has_decoder(model) and batch.ids.shape[1]:
+    elif kind in ("embedding", "other") and _has_decoder(model) and batch.ids.shape[1]:
         inputs["decoder_input_ids"] = shifted(model.config, batch.ids).to(device)
     return inputs
 
@@ -117,6 +122,21 @@ def _logits(output: Any) -> Tensor:
     logits = output.logits if hasattr(output, "logits") else output[0]
     assert isinstance(logits, Tensor)
     return logits
+
+
+def _everything(output: Any, documents: int) -> Tensor:
+    """Every floating-point tensor with an entry for each document, side by side."""
+    found = [
+        value.float().cpu().reshape(documents, -1)
+        for value in output.to_tuple()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim
+        and value.shape[0] == documents
+    ]
+    if not found:
+        raise ValueError("it gives no numbers for single documents")
+    return torch.cat(found, 1)
 
 
 def _pooled(output: Any, mask: Tensor) -> Tensor:

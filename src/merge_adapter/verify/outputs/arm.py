@@ -111,7 +111,8 @@ def _answer(
     from safetensors.torch import save_file
 
     from merge_adapter.verify.memory.lazy import widen
-    from merge_adapter.verify.models.loading import Kind, load_model
+    from merge_adapter.verify.models.kinds import Kind
+    from merge_adapter.verify.models.loading import load_model
     from merge_adapter.verify.outputs.answers import answer, continued, taught
     from merge_adapter.verify.outputs.fronted import Fronted
     from merge_adapter.verify.probes.batch import Batch

@@ -17,8 +17,9 @@ def distances(kind: str, reference: Tensor, other: Tensor, mask: Tensor) -> Mapp
     """How far `other` answers from `reference`, per document, fp64.
 
     `mean` (documents,): KL(reference || other) in nats averaged over tokens, for kinds with a vocabulary or
-    token classes; else the squared distance of logits or embeddings. `each`: all single values, flat. `agree`
-    (documents,): part of the positions with the same first choice (for embeddings: cosine similarity).
+    token classes; else the squared distance of logits, embeddings or all numbers. `each`: all single values, flat.
+    `agree` (documents,): part of the positions with the same first choice; for embeddings, and for other classes,
+    cosine similarity.
     """
     if kind in LANGUAGE or kind == "token-classifier":
         return _token_distances(reference, other, mask)
@@ -30,6 +31,10 @@ def distances(kind: str, reference: Tensor, other: Tensor, mask: Tensor) -> Mapp
             "each": square,
             "agree": torch.nn.functional.cosine_similarity(left, right, dim=-1),
         }
+    if kind == "other":
+        square = (left - right).square().mean(-1)
+        agree = torch.nn.functional.cosine_similarity(left, right, dim=-1)
+        return {"mean": square, "each": square, "agree": agree}
     if kind in CLASSES:
         square = (left - right).square().mean(-1)
         return {"mean": square, "each": square, "agree": (left.argmax(-1) == right.argmax(-1)).double()}

@@ -19,7 +19,8 @@ from merge_adapter.errors import MalformedError, ran_out_of_memory
 from merge_adapter.types import Progress, Resolved
 from merge_adapter.verify.findings import Finding, note, undecided, verdict, warning
 from merge_adapter.verify.models.adapters import AdapterFile
-from merge_adapter.verify.models.loading import Kind, inner, load_base, stack_layers
+from merge_adapter.verify.models.kinds import Kind
+from merge_adapter.verify.models.loading import inner, load_base, stack_layers
 from merge_adapter.verify.outputs.answers import LANGUAGE
 from merge_adapter.verify.outputs.asked import domain_findings, probes_section, texts_of
 from merge_adapter.verify.outputs.greedy import judge_written

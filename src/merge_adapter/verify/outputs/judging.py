@@ -188,6 +188,8 @@ def metric(kind: str) -> str:
         return "squared distance between embeddings of norm 1"
     if kind in CLASSES:
         return "mean squared difference of logits"
+    if kind == "other":
+        return "mean squared difference of all outputs"
     return "KL divergence from base + adapter, nats per position"
 
 

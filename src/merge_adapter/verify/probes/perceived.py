@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_adapter.verify.models.loading import Kind
+from merge_adapter.verify.models.kinds import Kind
 from merge_adapter.verify.probes import Probe
 from merge_adapter.verify.probes.batch import Batch
 from merge_adapter.verify.probes.batches import FEWEST, Probes, random_ids, tokenized
@@ -39,7 +39,9 @@ def sees_or_hears(kind: Kind, model: Any) -> bool:
     """Whether token ids alone are not what the model reads."""
     if kind in (Kind.VISION_TEXT, Kind.IMAGES, Kind.AUDIO, Kind.SPEECH, Kind.CTC):
         return True
-    return kind is Kind.EMBEDDING and getattr(model, "main_input_name", "input_ids") != "input_ids"
+    return (
+        kind in (Kind.EMBEDDING, Kind.OTHER) and getattr(model, "main_input_name", "input_ids") != "input_ids"
+    )
 
 
 def perceived(
@@ -82,12 +84,15 @@ def _without_ids(media: dict[str, Tensor], what: str, source: str, positions: in
 
 
 def _pictures(model: Any, folder: Path, device: torch.device) -> Probes:
+    """Pictures, or videos for a model whose config counts frames."""
     made = pictures_of(model, folder, device)
-    drawn = [made.draw(at).media["pixel_values"] for at in range(DOCUMENTS)]
-    height, width = drawn[0].shape[-2:]
-    return _without_ids(
-        {"pixel_values": torch.stack(drawn)}, "picture", f"pictures {made.source}, {width} x {height}"
-    )
+    frames = getattr(model.config, "num_frames", None)
+    what, each = ("video", frames) if isinstance(frames, int) else ("picture", 1)
+    drawn = torch.stack([made.draw(at).media["pixel_values"] for at in range(DOCUMENTS * each)])
+    height, width = drawn.shape[-2:]
+    if what == "video":
+        drawn = drawn.reshape(DOCUMENTS, 1, each, *drawn.shape[2:])
+    return _without_ids({"pixel_values": drawn}, what, f"{what}s {made.source}, {width} x {height}")
 
 
 # -------------------------------------------------------------------------------------------------- sounds

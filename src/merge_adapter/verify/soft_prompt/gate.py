@@ -28,8 +28,8 @@ from merge_adapter.types import Progress, Resolved, Verification
 from merge_adapter.verify.findings import Finding, fault, reasons, undecided, verdict, warning
 from merge_adapter.verify.memory.lazy import widen
 from merge_adapter.verify.models.adapters import adapter_folder, read_adapter
+from merge_adapter.verify.models.kinds import Kind
 from merge_adapter.verify.models.loading import (
-    Kind,
     Loaded,
     base_folder,
     base_layout,
