@@ -22,7 +22,8 @@ Content = Callable[[], Tensor]
 """Gives the fp32 content, anew at each call or the stored tensor itself."""
 
 PIECE = 1 << 19
-"""Elements of a linear layer's weight that are fp32 at a time: 2 MB. Enough of them for many threads to share.."""
+"""Elements of a linear layer's weight that are fp32 at a time: 2 MB. Smaller ones than row blocks, so that many
+threads find some to share."""
 
 MANY = 64
 """Vectors in one pass from which on reading a weight again later costs little beside multiplying by it."""
